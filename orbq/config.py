@@ -1,0 +1,348 @@
+"""Configuration: every key, its type and its bounds; all errors of a file reported at once.
+
+A configuration is a TOML file of the sections ``[data]``, ``[model]``, ``[loss]``,
+``[loss.weights]``, ``[training]`` and ``[run]``. Keys that are left out take the defaults below,
+which ``configs/base.toml`` lists with their units and meaning. ``base = "other.toml"`` at the top
+of a file starts from that file (relative to the one that names it). Nothing is coerced, except
+that a whole number may stand for a real one. Units: eV, Å, e.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from orbq.config_text import (
+    Document,
+    Problem,
+    overridden,
+    problems_of,
+    read_toml,
+    report,
+    to_toml,
+    without_wrong_keys,
+)
+from orbq.errors import InputError
+from orbq.orbitals import SYMBOLS
+from orbq.targets import TARGETS
+
+MAX_INT = 2**31 - 1  # counters are int32 in the compiled programs
+
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_INT)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], Field(strict=False)]
+Widths = Annotated[tuple[Count, ...], Field(strict=False, max_length=8)]
+
+# 'fit', or a table of element symbol -> energy of the isolated atom in eV
+References = Annotated[
+    Annotated[Literal["fit"], Tag("<word>")] | Annotated[dict[str, float], Tag("<table>")],
+    Discriminator(lambda value: "<table>" if isinstance(value, dict) else "<word>"),
+]
+
+Backbone = Literal["nequip"]
+BACKBONES: tuple[str, ...] = get_args(Backbone)
+
+RESOLVED = ("orbital", "density", "onsite")  # targets that resolve m, so with parts of l > 0
+RUN_NAME = "<name>"  # in run.directory: replaced by the configuration file's name
+
+LABEL_WITH_XTB = "`orbq preprocess INPUT... --out DATASET`"
+_FROM_INPUT = (
+    "`orbq preprocess INPUT... --out DATASET --{0}-key KEY`, where KEY names them in INPUT"
+)
+LABELLING = {
+    "energy": _FROM_INPUT.format("energy"),
+    "forces": _FROM_INPUT.format("forces"),
+    "dft_charges": _FROM_INPUT.format("charges"),
+}
+
+
+class ConflictError(ValueError):
+    """Keys that are valid one by one and contradict each other."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(f"{p.key}: {p.text}" for p in problems))
+        self.problems = tuple(problems)
+
+
+class Section(BaseModel):
+    """Strict, closed and immutable: no coercion, no unknown key, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which structures, and how they are divided into training, validation and test."""
+
+    dataset: Text = "tmc"
+    unlabelled: Names = ()
+    split: Literal["group", "within"] = "group"
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    n_train: CountOrZero = 0
+    subset_seed: CountOrZero = 0
+    references: References = "fit"
+    charge_reference: bool = True
+
+
+class Model(Section):
+    """The structure of the network: a change of any of these is another compiled program."""
+
+    backbone: Backbone = "nequip"
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
+    n_layers: Annotated[int, Field(ge=1, le=16)] = 2
+    n_channels: Annotated[int, Field(ge=1, le=4096)] = 32
+    lmax: Annotated[int, Field(ge=0, le=3)] = 2
+    n_radial: Annotated[int, Field(ge=1, le=256)] = 8
+    radial_hidden: Widths = (32,)
+    readout_hidden: Annotated[int, Field(ge=1, le=4096)] = 16
+    avg_num_neighbors: NonNegative = 0.0
+    head: Literal["equivariant", "invariant"] = "equivariant"
+    embed_charge: bool = True
+    embed_spin: bool = True
+
+
+class LossWeights(Section):
+    """Weights of the loss terms: traced numbers, so that a change does not recompile."""
+
+    energy: Weight = 1.0
+    forces: Weight = 1.0
+    orbital: Weight = 0.0
+    density: Weight = 0.0
+    onsite: Weight = 0.0
+    shell: Weight = 0.0
+    atomic: Weight = 0.0
+    dft: Weight = 0.0
+    xtb_energy: Weight = 0.0
+    xtb_forces: Weight = 0.0
+
+    def auxiliary(self) -> dict[str, float]:
+        """The positive weights on targets other than energy and forces."""
+        return {name: getattr(self, name) for name in TARGETS if getattr(self, name) > 0}
+
+
+class Loss(Section):
+    """How residuals of energies and forces are scored."""
+
+    kind: Literal["huber", "mse", "mae"] = "huber"
+    huber_delta: Positive = 1.0
+    energy_per: Literal["structure", "atom"] = "structure"
+    weights: LossWeights = LossWeights()
+
+
+class Training(Section):
+    """Optimiser, schedule, validation and numerical precision."""
+
+    seed: CountOrZero = 0
+    batch_size: Count = 8
+    n_steps: Count = 5000
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    warmup_steps: CountOrZero = 100
+    final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive = 10.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    validate_every: Count = 500
+    checkpoint_every: Count = 500
+    patience: CountOrZero = 0
+    precision: Literal["float32", "float64"] = "float32"
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    compilation_cache: bool = True
+    pretrain_steps: CountOrZero = 0
+    pretrain_learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    unlabelled_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Run(Section):
+    """Where the run is kept."""
+
+    directory: Text = f"runs/{RUN_NAME}"
+
+
+class Config(Section):
+    """A whole configuration. Construct it with ``load_config`` or ``parse_config``."""
+
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss()
+    training: Training = Training()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = [p for rule in RULES for p in rule(self)]
+        if problems:
+            raise ConflictError(problems)
+        return self
+
+    def model_dump_toml(self) -> str:
+        """The configuration as a TOML document that ``load_config`` reads back unchanged."""
+        return to_toml(self.model_dump(mode="json"))
+
+
+def _split_rule(config: Config) -> list[Problem]:
+    data = config.data
+    held_out = data.validation_fraction + data.test_fraction
+    if held_out < 1:
+        return []
+    limit = "validation_fraction + test_fraction must be below 1 (nothing is left to train on)"
+    return [
+        Problem("data.test_fraction", f"{limit}, is {held_out:g}", ("data.validation_fraction",))
+    ]
+
+
+def _references_rule(config: Config) -> list[Problem]:
+    table = config.data.references
+    unknown = [s for s in table if s not in SYMBOLS[1:]] if isinstance(table, dict) else []
+    text = "not an element symbol of Z = 1..86, write it as in H = -13.6 (eV)"
+    return [Problem(f"data.references.{symbol}", text) for symbol in unknown]
+
+
+def _schedule_rule(config: Config) -> list[Problem]:
+    warmup, total = config.training.warmup_steps, config.training.n_steps
+    if warmup <= total:
+        return []
+    text = f"must be at most training.n_steps ({total}), is {warmup}"
+    return [Problem("training.warmup_steps", text, ("training.n_steps",))]
+
+
+def _unlabelled_rule(config: Config) -> list[Problem]:
+    training, named = config.training, bool(config.data.unlabelled)
+    keys = ("data.unlabelled", "training.pretrain_steps", "training.unlabelled_share")
+    problems = []
+    if training.unlabelled_share > 0 and not named:
+        text = f"is {training.unlabelled_share:g}, but data.unlabelled names no data set"
+        problems.append(Problem("training.unlabelled_share", text, keys))
+    if named and not training.pretrain_steps and not training.unlabelled_share:
+        text = (
+            "would teach nothing: set training.pretrain_steps or training.unlabelled_share above 0"
+        )
+        problems.append(Problem("data.unlabelled", text, keys))
+    if (
+        training.pretrain_steps or training.unlabelled_share
+    ) and not config.loss.weights.auxiliary():
+        key = "training.pretrain_steps" if training.pretrain_steps else "training.unlabelled_share"
+        text = f"needs a target to teach: set one of loss.weights.{{{', '.join(TARGETS)}}} above 0"
+        problems.append(Problem(key, text, (*keys, "loss.weights")))
+    return problems
+
+
+def _weights_rule(config: Config) -> list[Problem]:
+    weights = config.loss.weights
+    if weights.energy or weights.forces or weights.auxiliary():
+        return []
+    return [Problem("loss.weights", "all are 0: nothing would be learnt, set one above 0")]
+
+
+def _head_rule(config: Config) -> list[Problem]:
+    model, problems = config.model, []
+    for name in (name for name in RESOLVED if name in config.loss.weights.auxiliary()):
+        key = f"loss.weights.{name}"
+        if model.head == "invariant" and name != "orbital":
+            text = "has components of l > 0: it needs model.head = 'equivariant'"
+            problems.append(Problem(key, text, ("model.head",)))
+        if model.head == "equivariant" and model.lmax < 2:
+            text = f"an equivariant head for {name!r} needs lmax >= 2, is {model.lmax}"
+            problems.append(Problem("model.lmax", text, ("model.head", key)))
+    return problems
+
+
+RULES: tuple[Callable[[Config], list[Problem]], ...] = (
+    _split_rule,
+    _references_rule,
+    _schedule_rule,
+    _unlabelled_rule,
+    _weights_rule,
+    _head_rule,
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML configuration and apply ``section.key=value`` overrides.
+
+    overrides: values are TOML; text without quotes may stand for itself (``data.dataset=tmc``).
+    ``<name>`` in ``run.directory`` becomes the file's name without its ending.
+    Raises InputError that lists every wrong key of the file and of the overrides at once.
+    """
+    path = Path(path)
+    document, problems = overridden(read_toml(path), overrides)
+    config = _validated(document, str(path), problems)
+    directory = config.run.directory.replace(RUN_NAME, path.stem)
+    return config.model_copy(update={"run": Run(directory=directory)})
+
+
+def parse_config(document: Mapping[str, Any], source: str = "configuration") -> Config:
+    """A configuration from nested mappings, e.g. from TOML or JSON; see ``load_config``."""
+    return _validated(dict(document), source, [])
+
+
+def config_from_json(text: str, source: str = "configuration") -> Config:
+    """A configuration from the JSON that a run directory keeps. Raises InputError."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{source}: must be a JSON object of sections")
+    return parse_config(document, source)
+
+
+def _validated(document: Document, source: str, problems: list[Problem]) -> Config:
+    try:
+        config = Config.model_validate(document)
+    except ValidationError as error:
+        problems = problems + problems_of(error, Config)
+        problems += _further_conflicts(document, error, [p.key for p in problems])
+        raise report(source, problems) from None
+    if problems:
+        raise report(source, problems)
+    return config
+
+
+def _further_conflicts(
+    document: Document, error: ValidationError, wrong: Sequence[str]
+) -> list[Problem]:
+    """Contradictions among the keys that are right, so that one run shows every error."""
+    try:
+        Config.model_validate(without_wrong_keys(document, error))
+    except ValidationError as second:
+        return [p for p in problems_of(second, Config) if not p.touches(wrong)]
+    return []
+
+
+def check_against(config: Config, coverage: Mapping[str, int], dataset_name: str) -> None:
+    """Refuse a positive weight on a target of which the data set has no label.
+
+    coverage: for each array of the data set (schema.FIELDS), how many structures have it.
+    Raises InputError that names every such target, the data set and the command that makes it.
+    """
+    weights = config.loss.weights
+    wanted = {name: (name,) for name in ("energy", "forces") if getattr(weights, name) > 0}
+    wanted |= {name: TARGETS[name].fields for name in weights.auxiliary()}
+    problems = []
+    for name, fields in wanted.items():
+        missing = [field for field in fields if coverage.get(field, 0) == 0]
+        if missing:
+            text = (
+                f"is {getattr(weights, name):g}, but no structure of data set {dataset_name!r} has "
+                f"{' and '.join(missing)}: set it to 0, or make the label with "
+                f"{LABELLING.get(missing[0], LABEL_WITH_XTB)}"
+            )
+            problems.append(Problem(f"loss.weights.{name}", text))
+    if problems:
+        raise report("configuration", problems)
