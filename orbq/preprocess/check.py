@@ -1,0 +1,173 @@
+"""What must hold before a structure is handed to tblite, which accepts most nonsense silently.
+
+Observed with tblite 0.8: Z <= 0, coincident atoms, non-integer charges, impossible multiplicities
+and partial periodicity are computed without a word; a charge above the number of valence electrons
+aborts the process.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from orbq import orbitals
+from orbq.schema import Structure
+
+# The shortest equilibrium bond is that of H2, 0.741 Å (Huber and Herzberg, Constants of Diatomic
+# Molecules, 1979). At 0.4 Å its energy lies above that of two free atoms, so that neither thermal
+# nor rattled structures come near; atoms closer than this are copies or errors of unit.
+MIN_DISTANCE = 0.4  # Å
+MAX_GROUP_BYTES = 64
+
+
+def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
+    """The reason why ``structure`` cannot be used, with the value and the limit; None if it can."""
+    for test in (_lengths, _elements, _finite, _cell, _overlap):
+        if reason := test(structure):
+            return reason
+    return _electrons(structure, method)
+
+
+def _lengths(s: Structure) -> str | None:
+    n = len(s.numbers)
+    if n == 0:
+        return "no atoms"
+    wanted = {
+        "positions": (s.positions, (n, 3)),
+        "forces": (s.forces, (n, 3)),
+        "dft_charges": (s.dft_charges, (n,)),
+        "cell": (s.cell, (3, 3)),
+        "pbc": (s.pbc, (3,)),
+        "stress": (s.stress, (3, 3)),
+    }
+    for name, (value, shape) in wanted.items():
+        if value is not None and np.shape(value) != shape:
+            return f"{name} has shape {np.shape(value)}: {shape} needed for {n} atoms"
+    return None
+
+
+def _elements(s: Structure) -> str | None:
+    bad = (s.numbers < 1) | (s.numbers > orbitals.MAX_Z)
+    if bad.any():
+        atom = int(np.argmax(bad))
+        return f"atom {atom} has atomic number {s.numbers[atom]}: 1 to {orbitals.MAX_Z} allowed"
+    return None
+
+
+def _finite(s: Structure) -> str | None:
+    for name in ("positions", "forces", "dft_charges"):
+        value = getattr(s, name)
+        if value is not None and not np.isfinite(value).all():
+            atom = int(np.argwhere(~np.isfinite(value))[0][0])
+            return f"{name} of atom {atom} are not finite: {value[atom]}"
+    for name in ("energy", "stress", "cell"):
+        value = getattr(s, name)
+        if value is not None and not np.isfinite(value).all():
+            return f"{name} is not finite"
+    return None
+
+
+def _cell(s: Structure) -> str | None:
+    if not s.pbc.any():
+        return None
+    if not s.pbc.all():
+        flags = " ".join("T" if p else "F" for p in s.pbc)
+        return f"partial periodicity (pbc {flags}): all three directions or none"
+    volume = abs(float(np.linalg.det(s.cell)))
+    if volume < 1e-3:
+        return f"periodic, but the cell has volume {volume:.3g} Å^3"
+    return None
+
+
+def _overlap(s: Structure) -> str | None:
+    pair = closest_pair(s.positions, s.cell if s.pbc.any() else None, MIN_DISTANCE)
+    if pair is None:
+        return None
+    i, j, distance = pair
+    return f"atoms {i} and {j} are {distance:.3f} Å apart: at least {MIN_DISTANCE} Å needed"
+
+
+def _electrons(s: Structure, method: str) -> str | None:
+    table = orbitals.shells(method)
+    if s.total_charge != int(s.total_charge):
+        return f"charge is {s.total_charge}: it must be a whole number"
+    n_valence = float(table.valence[s.numbers].sum()) - s.total_charge
+    n_all = int(s.numbers.sum()) - int(s.total_charge)
+    if n_valence < -1e-9:
+        valence = n_valence + s.total_charge
+        return f"charge {s.total_charge:+d} is above the {valence:g} valence electrons"
+    multiplicity = s.spin_multiplicity
+    if multiplicity < 1 or multiplicity != int(multiplicity):
+        return f"spin multiplicity is {multiplicity}: 2S + 1 is a whole number, at least 1"
+    if (n_all - (multiplicity - 1)) % 2:
+        kind = "odd" if n_all % 2 else "even"
+        return (
+            f"spin multiplicity {multiplicity} does not fit {n_all} electrons "
+            f"(charge {s.total_charge:+d}): an {kind} number needs an "
+            f"{'even' if n_all % 2 else 'odd'} multiplicity"
+        )
+    n_unpaired, n_orbitals = unpaired(s, method), int(table.slot_mask[s.numbers].sum())
+    if n_unpaired > n_valence + 1e-9 or (n_valence + n_unpaired) / 2 > n_orbitals + 1e-9:
+        return (
+            f"spin multiplicity {multiplicity} and charge {s.total_charge:+d} do not fit "
+            f"{n_valence:g} valence electrons in {n_orbitals} orbitals"
+        )
+    return None
+
+
+def unpaired(s: Structure, method: str = "GFN1-xTB") -> int:
+    """Unpaired valence electrons for xTB.
+
+    The f electrons of Ce-Lu are in xTB's core, so their spin cannot be counted: with any of these
+    elements present the lowest number that fits the valence electrons is taken.
+    """
+    if ((s.numbers >= 58) & (s.numbers <= 71)).any():
+        n_valence = orbitals.shells(method).valence[s.numbers].sum() - s.total_charge
+        return round(n_valence) % 2
+    return int(s.spin_multiplicity) - 1
+
+
+def closest_pair(
+    positions: np.ndarray, cell: np.ndarray | None, limit: float
+) -> tuple[int, int, float] | None:
+    """The closest two atoms (i, j, distance in Å) if nearer than ``limit``, else None.
+
+    positions: [n, 3] Å. cell: lattice vectors in rows, whose images count too, or None.
+    Sweeps along the first axis, so that memory and time stay linear for ordinary structures.
+    """
+    atom = np.arange(len(positions))
+    if cell is not None:
+        positions, atom = _with_images(positions, cell, limit)
+    order = np.argsort(positions[:, 0], kind="stable")
+    points, atom = positions[order], atom[order]
+    best: tuple[int, int, float] | None = None
+    for step in range(1, len(points)):
+        delta = points[step:] - points[:-step]
+        near = np.flatnonzero(delta[:, 0] < limit)
+        if len(near) == 0:
+            break
+        distance = np.sqrt((delta[near] ** 2).sum(1))
+        k = int(np.argmin(distance))
+        if distance[k] < (best[2] if best else limit):
+            i, j = sorted((int(atom[near[k]]), int(atom[near[k] + step])))
+            best = (i, j, float(distance[k]))
+    return best
+
+
+def heights(cell: np.ndarray) -> np.ndarray:
+    """Distances [3] (Å) between opposite faces of the cell."""
+    return 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+
+
+def _with_images(
+    positions: np.ndarray, cell: np.ndarray, limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Atoms wrapped into the cell, and their images within ``limit`` of its faces."""
+    fraction = positions @ np.linalg.inv(cell)
+    fraction -= np.floor(fraction)
+    margin = limit / heights(cell)
+    reach = np.maximum(1, np.ceil(margin)).astype(int)
+    grids = np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij")
+    shifts = np.stack([g.ravel() for g in grids], axis=1)
+    images = fraction[None] + shifts[:, None]
+    keep = ((images > -margin) & (images < 1 + margin)).all(-1)
+    return images[keep] @ cell, np.nonzero(keep)[1]

@@ -1,0 +1,216 @@
+"""Structures from anything ASE reads: energies, forces, charge, spin under the field's names.
+
+Values are taken to be in eV, Å, eV/Å, e. ASE moves ``energy``, ``forces``, ``stress`` and some
+others of an extxyz file into a calculator; they are looked up under their names all the same.
+A lattice with ``pbc="F F F"`` is a box around a molecule, not a crystal: it is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orbq.errors import InputError
+from orbq.preprocess.frames import Source, find_sources, read_frames
+from orbq.schema import Structure
+
+DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
+    "energy": (
+        *("REF_energy", "ref_energy", "dft_energy", "DFT_energy", "energy_dft", "TotEnergy"),
+        *("total_energy", "energy", "Energy"),
+    ),
+    "forces": (
+        *("REF_forces", "ref_forces", "dft_forces", "DFT_forces", "forces_dft", "force", "forces"),
+        *("Forces",),
+    ),
+    "stress": ("REF_stress", "ref_stress", "dft_stress", "stress"),
+    "charge": ("total_charge", "charge", "net_charge", "molecular_charge"),
+    "spin": ("spin_multiplicity", "multiplicity", "spin"),
+    "dft_charges": (
+        *("dft_charges", "REF_charges", "dft_mulliken", "mulliken_charges", "mulliken"),
+        *("hirshfeld_charges", "charges"),
+    ),
+    "group": ("group", "group_id", "csd_code", "CSD_code"),
+}
+
+
+class Keys(NamedTuple):
+    """Names under which the input keeps its values; None: the first of DEFAULT_NAMES found.
+
+    spin is the multiplicity 2S + 1. A name given here must be there in at least one structure.
+    """
+
+    energy: str | None = None
+    forces: str | None = None
+    charge: str | None = None
+    spin: str | None = None
+    dft_charges: str | None = None
+    group: str | None = None
+    stress: str | None = None
+
+
+FIRST_FOUND = Keys()
+REJECTED, UNLABELLED = "rejected", "labels missing"
+
+
+class Failure(NamedTuple):
+    """One structure that was left out, or kept without some labels, and why.
+
+    file, frame: where it was read. kind: REJECTED or UNLABELLED.
+    """
+
+    file: str
+    frame: int
+    reason: str
+    kind: str = REJECTED
+
+
+class Reader:
+    """Iterates over ``Structure | Failure``; ``names_used`` tells afterwards what was found where.
+
+    sources: files, or one Source without path for structures that are already in memory.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        keys: Keys = FIRST_FOUND,
+        atoms: Sequence[Any] | None = None,
+    ) -> None:
+        self.sources, self.keys, self._atoms = list(sources), keys, atoms
+        self.names_used: dict[str, Counter[str]] = {field: Counter() for field in DEFAULT_NAMES}
+        self._names_seen: set[str] = set()
+
+    def __iter__(self) -> Iterator[Structure | Failure]:
+        if self._atoms is not None:
+            for index, atoms in enumerate(self._atoms):
+                yield self._structure(atoms, (0, index))
+        else:
+            for number, source in enumerate(self.sources):
+                for frame in read_frames(source):
+                    if frame.atoms is None:
+                        yield Failure(source.name, frame.index, frame.reason)
+                    else:
+                        yield self._structure(frame.atoms, (number, frame.index))
+        self._check_demanded()
+
+    def _structure(self, atoms: Any, source: tuple[int, int]) -> Structure | Failure:
+        values = _named_values(atoms)
+        self._names_seen |= values.keys()
+        found = {field: self._find(field, values) for field in DEFAULT_NAMES}
+        try:
+            return _build(atoms, found, source)
+        except ValueError as error:
+            return Failure(self.sources[source[0]].name, source[1], str(error))
+
+    def _find(self, field: str, values: Mapping[str, Any]) -> Any:
+        wanted = getattr(self.keys, field)
+        for name in (wanted,) if wanted else DEFAULT_NAMES[field]:
+            if values.get(name) is not None:
+                self.names_used[field][name] += 1
+                return values[name]
+        return None
+
+    def _check_demanded(self) -> None:
+        for field, name in self.keys._asdict().items():
+            if name and not self.names_used[field]:
+                option = f"--{field.replace('_', '-')}-key"
+                present = ", ".join(sorted(self._names_seen)) or "none"
+                files = ", ".join(s.name for s in self.sources[:5])
+                raise InputError(
+                    f"{files}: no structure has the {field} key {name!r}; keys present: {present}; "
+                    f"give one of them as {option}, or leave the option out"
+                )
+
+
+def read_structures(
+    paths: Iterable[str | Path], keys: Keys = FIRST_FOUND
+) -> Iterator[Structure | Failure]:
+    """Every structure of the input files in order, or a Failure in place of an unusable one.
+
+    paths: files that ASE reads (also .gz, .xz, .bz2), globs, or names of embedded data sets.
+    Raises InputError when a whole file is at fault, or a demanded key is in no structure.
+    """
+    return iter(Reader(find_sources(paths), keys))
+
+
+def _named_values(atoms: Any) -> dict[str, Any]:
+    """Everything named that comes with an ``ase.Atoms``: info, arrays, a calculator's results."""
+    values: dict[str, Any] = {}
+    for name, value in atoms.info.items():
+        if name in ("key_value_pairs", "data") and isinstance(value, Mapping):  # ASE databases
+            values.update(value)
+        else:
+            values[str(name)] = value
+    hidden = ("numbers", "positions")
+    values.update({k: v for k, v in atoms.arrays.items() if k not in hidden})
+    if atoms.calc is not None:
+        results = getattr(atoms.calc, "results", {})
+        values.update({k: v for k, v in results.items() if v is not None})
+    return values
+
+
+def _build(atoms: Any, found: Mapping[str, Any], source: tuple[int, int]) -> Structure:
+    """A Structure from ASE's; raises ValueError with the reason when a value has the wrong form."""
+    numbers = np.asarray(atoms.numbers, np.int64)
+    periodic = bool(atoms.pbc.any())
+    charge = _integer("charge", found["charge"], 0)
+    lowest = 1 + int(numbers.sum() - charge) % 2
+    return Structure(
+        numbers=numbers,
+        positions=np.array(atoms.positions, np.float64),
+        cell=np.array(atoms.cell.array, np.float64) if periodic else np.zeros((3, 3)),
+        pbc=np.array(atoms.pbc, bool),
+        total_charge=charge,
+        spin_multiplicity=_integer("spin multiplicity", found["spin"], lowest),
+        energy=_energy(found["energy"]),
+        forces=_array("forces", found["forces"]),
+        stress=_stress(found["stress"]),
+        dft_charges=_array("dft_charges", found["dft_charges"]),
+        group="" if found["group"] is None else str(found["group"]),
+        source=source,
+    )
+
+
+def _integer(name: str, value: Any, default: int) -> int:
+    if value is None:
+        return default
+    number = _float(name, value)
+    if not np.isfinite(number) or number != round(number):
+        raise ValueError(f"{name} is {number:g}: it must be a whole number")
+    return round(number)
+
+
+def _energy(value: Any) -> float | None:
+    return None if value is None else _float("energy", value)
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        return float(np.asarray(value, np.float64).reshape(()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {str(value)[:40]!r}: it must be one number") from error
+
+
+def _array(name: str, value: Any) -> np.ndarray | None:
+    if value is None:
+        return None
+    try:
+        return np.array(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} are not numbers: {str(value)[:40]!r}") from error
+
+
+def _stress(value: Any) -> np.ndarray | None:
+    stress = _array("stress", value)
+    if stress is None or stress.shape == (3, 3):
+        return stress
+    if stress.shape == (9,):
+        return stress.reshape(3, 3)
+    if stress.shape == (6,):  # Voigt order xx, yy, zz, yz, xz, xy, as ASE keeps it
+        return stress[np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])]
+    raise ValueError(f"stress has shape {stress.shape}: it must be (3, 3), (9,) or (6,)")
