@@ -332,7 +332,9 @@ def check_against(config: Config, coverage: Mapping[str, int], dataset_name: str
     Raises InputError that names every such target, the data set and the command that makes it.
     """
     weights = config.loss.weights
-    wanted = {name: (name,) for name in ("energy", "forces") if getattr(weights, name) > 0}
+    wanted: dict[str, tuple[str, ...]] = {
+        name: (name,) for name in ("energy", "forces") if getattr(weights, name) > 0
+    }
     wanted |= {name: TARGETS[name].fields for name in weights.auxiliary()}
     problems = []
     for name, fields in wanted.items():

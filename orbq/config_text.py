@@ -90,9 +90,11 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = MAX_DE
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        tables = isinstance(old, dict) and isinstance(value, dict)
         whole = key in REPLACED_WHOLE or depth == 0
-        out[key] = merged(old, value, depth - 1) if tables and not whole else value
+        if isinstance(old, dict) and isinstance(value, dict) and not whole:
+            out[key] = merged(old, value, depth - 1)
+        else:
+            out[key] = value
     return out
 
 
@@ -219,7 +221,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _nearest_key(name: str, table: Sequence[Any], model: type[BaseModel]) -> list[str]:
     """The valid key most like ``name``: first in its own table, then of the same name anywhere."""
     prefix = "".join(f"{part}." for part in table)
-    own, elsewhere = {}, {}
+    own: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     for key in keys_of(model):
         parent, _, last = key.rpartition(".")
         (own if f"{parent}." == prefix or (not parent and not prefix) else elsewhere)[last] = key
