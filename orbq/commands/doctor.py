@@ -8,7 +8,6 @@ import sys
 from importlib import metadata, util
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from orbq import __version__
@@ -41,7 +40,7 @@ def doctor() -> None:
     Example:
       orbq doctor
     """
-    table = Table.grid(padding=(0, 2))
+    console = Console(soft_wrap=True, highlight=False)
     broken: list[str] = []
     for name, check in CHECKS.items():
         try:
@@ -49,8 +48,7 @@ def doctor() -> None:
         except Exception as error:
             broken.append(name)
             found = f"BROKEN: {type(error).__name__}: {error}"
-        table.add_row(name, Text(found))
-    Console(soft_wrap=True, highlight=False).print(table)
+        console.print(Text.assemble((f"{name:<14}", "bold"), found))
     if broken:
         raise OrbqError(f"not working: {', '.join(broken)}; reinstall orbq with its dependencies")
 
