@@ -1,0 +1,216 @@
+"""A potential is a pair of pure functions; forces, charges and losses are functions of that pair.
+
+    init(key, positions, graph)             -> params
+    apply(params, positions, graph, targets) -> (energy [M] eV, {target: [N, k]})
+
+``graph`` is a ``jraph.GraphsTuple``: nodes ``{"numbers": [N] int32}`` (padding 0), edges
+``{"shifts": [E, 3]}`` with r = x[receiver] - x[sender] + shift (padding edges are longer than the
+cutoff), globals ``{"total_charge", "spin_multiplicity", "mask"}`` [M]. Labels have no path in.
+Charge heads are computed only for the targets asked for: asking for none never reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jaxtyping import Array, Float
+
+from orbq.models.heads import Segments, TargetHead
+from orbq.models.nequip import NequIP
+from orbq.targets import TARGETS, Statistics
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"nequip": NequIP}
+Params = Mapping[str, Any]
+
+
+class Constants(NamedTuple):
+    """What a potential knows of its training data, fixed before training.
+
+    elements: atomic numbers it was trained on, ascending. energy_scale: eV, what the energy readout
+    is multiplied with. avg_num_neighbors: mean neighbours within the cutoff. statistics: of every
+    target that has a head.
+    """
+
+    elements: tuple[int, ...]
+    energy_scale: float
+    avg_num_neighbors: float
+    statistics: Mapping[str, Statistics]
+
+
+class Architecture(NamedTuple):
+    """Structure of the network: another value is another compilation. Units Å.
+
+    heads: target -> "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
+    share one second energy readout).
+    """
+
+    backbone: str = "nequip"
+    cutoff: float = 5.0
+    n_layers: int = 2
+    n_channels: int = 32
+    lmax: int = 2
+    n_radial: int = 8
+    radial_hidden: tuple[int, ...] = (32,)
+    readout_hidden: int = 16
+    heads: tuple[tuple[str, str], ...] = ()
+
+
+class Potential(NamedTuple):
+    """The pair of pure functions (module docstring), and the architecture it was made from."""
+
+    init: Callable[..., Params]
+    apply: Callable[..., tuple[Array, dict[str, Array]]]
+    architecture: Architecture
+    constants: Constants
+
+
+class Prediction(NamedTuple):
+    """energy [M] eV, forces [N, 3] eV/Å, charges {target: [N, k]}; xtb_* if they have a head."""
+
+    energy: Array
+    forces: Array
+    charges: dict[str, Array]
+
+
+class EnergyReadout(nn.Module):
+    """One energy per atom from the scalars of every layer."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, scalars: tuple[Array, ...]) -> Float[Array, " N"]:
+        total = 0.0
+        for n, s in enumerate(scalars):
+            if n == len(scalars) - 1:
+                s = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=s.dtype)(s))
+            total = total + nn.Dense(1, name=f"layer{n}", dtype=s.dtype, use_bias=False)(s)[:, 0]
+        return total
+
+
+class _Network(nn.Module):
+    architecture: Architecture
+    constants: Constants
+
+    @nn.compact
+    def __call__(self, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...]):
+        arch, const, dtype = self.architecture, self.constants, positions.dtype
+        numbers = graph.nodes["numbers"]
+        n_structures = graph.n_node.shape[0]
+        structure = jnp.repeat(
+            jnp.arange(n_structures), graph.n_node, total_repeat_length=numbers.shape[0]
+        )
+        segments = Segments(structure, n_structures)
+        vectors = positions[graph.receivers] - positions[graph.senders] + graph.edges["shifts"]
+        species = jnp.asarray(_species_table(const.elements))[numbers]
+        total_charge = graph.globals["total_charge"].astype(dtype)
+        unpaired = graph.globals["spin_multiplicity"].astype(dtype) - 1
+        condition = jnp.stack([total_charge, unpaired], axis=-1)[structure]
+        features = BACKBONES[arch.backbone](
+            n_species=len(const.elements),
+            cutoff=arch.cutoff,
+            n_layers=arch.n_layers,
+            n_channels=arch.n_channels,
+            lmax=arch.lmax,
+            n_radial=arch.n_radial,
+            radial_hidden=arch.radial_hidden,
+            avg_num_neighbors=const.avg_num_neighbors,
+            name="backbone",
+        )(vectors, species, graph.senders, graph.receivers, condition)
+
+        def readout(name: str) -> Array:
+            per_atom = EnergyReadout(arch.readout_hidden, name=name)(features.scalars)
+            per_atom = jnp.where(numbers > 0, per_atom * const.energy_scale, 0.0)
+            return jax.ops.segment_sum(per_atom, structure, n_structures)
+
+        out = {}
+        for name in targets:
+            if name == "xtb_energy":
+                out[name] = readout("xtb_energy")
+            else:
+                kind = dict(arch.heads)[name]
+                head = TargetHead(name, kind, const.statistics[name], name=f"head_{name}")
+                out[name] = head(features, numbers, total_charge, segments)
+        return readout("energy"), out
+
+
+def _species_table(elements: tuple[int, ...]) -> np.ndarray:
+    """[119] int32: row of each atomic number in the embeddings; unknown ones share row 0."""
+    table = np.zeros(119, np.int32)
+    table[list(elements)] = np.arange(len(elements))
+    return table
+
+
+def make_potential(architecture: Architecture, constants: Constants) -> Potential:
+    """The potential of an architecture. Raises KeyError for an unknown backbone, head or target."""
+    if architecture.backbone not in BACKBONES:
+        known = ", ".join(BACKBONES)
+        raise KeyError(f"unknown backbone {architecture.backbone!r}; known: {known}")
+    for name, kind in architecture.heads:
+        if name not in TARGETS or kind not in ("equivariant", "invariant", "energy"):
+            raise KeyError(f"unknown target or head kind {name!r}: {kind!r}")
+    network = _Network(architecture, constants)
+    every_head = head_targets(architecture)
+
+    def init(key: Array, positions: Array, graph: jraph.GraphsTuple) -> Params:
+        def shape(x: Array) -> jax.ShapeDtypeStruct:  # parameters depend on shapes alone
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+        shapes = jax.tree.map(shape, (positions, graph))
+        return network.lazy_init(key, *shapes, every_head)["params"]
+
+    def apply(
+        params: Params, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...] = ()
+    ) -> tuple[Array, dict[str, Array]]:
+        return network.apply({"params": params}, positions, graph, targets)
+
+    return Potential(init, apply, architecture, constants)
+
+
+def head_targets(architecture: Architecture) -> tuple[str, ...]:
+    """Targets that can be asked of ``apply``: xtb_forces follow from the xtb_energy readout."""
+    names = {"xtb_energy" if n.startswith("xtb_") else n for n, _ in architecture.heads}
+    return tuple(sorted(names))
+
+
+def energy_fn(potential: Potential) -> Callable[..., Array]:
+    """``(params, positions, graph) -> energy`` (eV, relative to the references), summed over the
+    batch's real structures; its ``-jax.grad(..., argnums=1)`` are the forces (eV/Å)."""
+
+    def energy(params: Params, positions: Float[Array, "N 3"], graph: jraph.GraphsTuple) -> Array:
+        per_structure, _ = potential.apply(params, positions, graph)
+        return jnp.sum(jnp.where(graph.globals["mask"], per_structure, 0.0))
+
+    return energy
+
+
+def predict(
+    potential: Potential,
+    params: Params,
+    positions: Float[Array, "N 3"],
+    graph: jraph.GraphsTuple,
+    targets: tuple[str, ...] = (),
+) -> Prediction:
+    """Energies, forces and the asked-for targets; one forward pass, one backward pass per energy.
+
+    ``targets`` may name ``xtb_energy`` and ``xtb_forces``, read from the second energy readout.
+    """
+    heads = tuple(sorted({"xtb_energy" if t.startswith("xtb_") else t for t in targets}))
+
+    def energies(x: Array):
+        energy, out = potential.apply(params, x, graph, heads)
+        second = out.get("xtb_energy", jnp.zeros((), energy.dtype))
+        return (energy.sum(), second.sum()), (energy, out)
+
+    (_, second), pullback, (energy, out) = jax.vjp(energies, positions, has_aux=True)
+    one, zero = jnp.ones((), energy.dtype), jnp.zeros((), energy.dtype)
+    (gradient,) = pullback((one, jnp.zeros_like(second)))
+    charges = {name: out[name] for name in heads}
+    if "xtb_forces" in targets:
+        charges["xtb_forces"] = -pullback((zero, one.astype(second.dtype)))[0]
+    return Prediction(energy, -gradient, {t: charges[t] for t in targets})

@@ -1,0 +1,43 @@
+"""Radial basis and smooth cutoff of an edge."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def polynomial_cutoff(distance: Float[Array, " E"], cutoff: float, p: int = 6) -> Float[Array, " E"]:
+    """Envelope u(d): u(0) = 1, u = u' = u'' = 0 at the cutoff, 0 beyond.
+
+    u(x) = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), x = d / cutoff.
+    Gasteiger, Gross, Guennemann, "Directional message passing", arXiv:2003.03123, eq. 8.
+    """
+    x = distance / cutoff
+    x = jnp.where(x < 1.0, x, 1.0)  # beyond the cutoff the polynomial is flat at 0
+    return (
+        1.0
+        - (p + 1) * (p + 2) / 2 * x**p
+        + p * (p + 2) * x ** (p + 1)
+        - p * (p + 1) / 2 * x ** (p + 2)
+    )
+
+
+def bessel_basis(distance: Float[Array, " E"], cutoff: float, n: int) -> Float[Array, "E n"]:
+    """sqrt(2/cutoff) sin(n pi d / cutoff) / d for n = 1..n, times cutoff so that it has no unit.
+
+    arXiv:2003.03123, eq. 7. ``distance`` (Å) must be positive; see ``safe_norm``.
+    """
+    frequencies = jnp.arange(1, n + 1, dtype=distance.dtype) * jnp.pi
+    x = distance[:, None] / cutoff  # [E, 1]
+    return jnp.sqrt(2.0).astype(distance.dtype) * jnp.sin(frequencies * x) / x
+
+
+def safe_norm(vectors: Float[Array, "E 3"], floor: float = 1e-3) -> Float[Array, " E"]:
+    """Length of each vector (Å), at least ``floor``, with a zero gradient below it.
+
+    Both branches of the ``where`` are finite at the origin, so that first and second derivatives
+    are too; no pair of atoms is ever that close (the labelling stage refuses it).
+    """
+    square = jnp.sum(vectors * vectors, axis=-1)
+    inside = square < floor * floor
+    return jnp.where(inside, floor, jnp.sqrt(jnp.where(inside, 1.0, square)))
