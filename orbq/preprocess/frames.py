@@ -36,7 +36,7 @@ class Source(NamedTuple):
 class Frame(NamedTuple):
     """One frame of a file: ``atoms`` (ase.Atoms), or None and the ``reason`` it cannot be read."""
 
-    index: int
+    number: int
     atoms: Any
     reason: str = ""
 
@@ -105,7 +105,7 @@ def read_frames(source: Source) -> Iterator[Frame]:
     reached, readable, reason = 0, 0, ""
     try:
         for frame in frames(source, packed):
-            reached, readable = frame.index + 1, readable + (frame.atoms is not None)
+            reached, readable = frame.number + 1, readable + (frame.atoms is not None)
             reason = reason or frame.reason
             yield frame
     except InputError:

@@ -93,13 +93,13 @@ class Reader:
             for number, source in enumerate(self.sources):
                 for frame in read_frames(source):
                     if frame.atoms is None:
-                        yield Failure(source.name, frame.index, frame.reason)
+                        yield Failure(source.name, frame.number, frame.reason)
                     else:
-                        yield self._structure(frame.atoms, (number, frame.index))
+                        yield self._structure(frame.atoms, (number, frame.number))
         self._check_demanded()
 
     def _structure(self, atoms: Any, source: tuple[int, int]) -> Structure | Failure:
-        values = _named_values(atoms)
+        values = named_values(atoms)
         self._names_seen |= values.keys()
         found = {field: self._find(field, values) for field in DEFAULT_NAMES}
         try:
@@ -138,15 +138,18 @@ def read_structures(
     return iter(Reader(find_sources(paths), keys))
 
 
-def _named_values(atoms: Any) -> dict[str, Any]:
-    """Everything named that comes with an ``ase.Atoms``: info, arrays, a calculator's results."""
+def named_values(atoms: Any, bare: bool = True) -> dict[str, Any]:
+    """Everything named that comes with an ``ase.Atoms``: info, arrays, a calculator's results.
+
+    bare: leave out the atomic numbers and positions.
+    """
     values: dict[str, Any] = {}
     for name, value in atoms.info.items():
         if name in ("key_value_pairs", "data") and isinstance(value, Mapping):  # ASE databases
             values.update(value)
         else:
             values[str(name)] = value
-    hidden = ("numbers", "positions")
+    hidden = ("numbers", "positions") if bare else ()
     values.update({k: v for k, v in atoms.arrays.items() if k not in hidden})
     if atoms.calc is not None:
         results = getattr(atoms.calc, "results", {})

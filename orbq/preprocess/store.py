@@ -139,8 +139,7 @@ def _open_array(directory: Path, name: str, stated: Mapping[str, Any]) -> np.nda
     remedy = f"`orbq verify {directory}` tells what else is damaged; label the data again"
     try:
         shape, dtype = tuple(stated[name]["shape"]), np.dtype(stated[name]["dtype"])
-        mode = None if 0 in shape else "r"
-        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode=None if 0 in shape else "r", allow_pickle=False)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{path} is missing or damaged: {error}; {remedy}") from error
     if array.shape != shape or array.dtype != dtype:
@@ -152,33 +151,6 @@ def _open_array(directory: Path, name: str, stated: Mapping[str, Any]) -> np.nda
 
 
 # --------------------------------------------------------------------------- writing
-
-
-class ArrayWriter:
-    """Writes a ``.npy`` file row by row in constant memory; the length is filled in at the end."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: str) -> None:
-        self._shape, self._dtype, self.rows = shape, np.dtype(dtype), 0
-        self._file = path.open("wb")
-        self._file.write(npy_header((0, *shape), self._dtype))
-
-    def append(self, rows: np.ndarray) -> None:
-        """Append ``rows`` [m, *shape]."""
-        rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
-        self._file.write(memoryview(rows).cast("B") if rows.size else b"")
-        self.rows += len(rows)
-
-    def close(self) -> None:
-        """Write the final length, and make sure that it is on the disk."""
-        self._file.seek(0)
-        self._file.write(npy_header((self.rows, *self._shape), self._dtype))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Close without finishing."""
-        self._file.close()
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

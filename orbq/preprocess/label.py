@@ -1,0 +1,307 @@
+"""From structures to a labelled data set: read, label on every core, store, lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orbq.errors import InputError, OrbqError
+from orbq.orbitals import METHODS
+from orbq.preprocess import store, supervise, wire, xtb
+from orbq.preprocess.frames import Source, find_sources
+from orbq.preprocess.job import Ledger, Workspace
+from orbq.preprocess.manifest import write_manifest
+from orbq.preprocess.read import FIRST_FOUND, Keys, Reader, named_values
+from orbq.preprocess.schedule import Pool, Resources, costs, open_pool, plan
+from orbq.preprocess.stage import Staged, stage
+from orbq.preprocess.store import Dataset
+from orbq.schema import MANIFEST, SCHEMA_VERSION
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HERE = Resources()
+
+
+class Recipe(NamedTuple):
+    """What is computed. method: xTB method. keys: names in the input. settings: of the method."""
+
+    method: str = "GFN1-xTB"
+    keys: Keys = FIRST_FOUND
+    settings: xtb.Settings = xtb.DEFAULTS
+
+
+class Progress(NamedTuple):
+    """How far the job is.
+
+    phase: "read", "label", "store" or "done". done, total: structures. share: of the estimated work
+    that is done, 0 to 1. rejected: structures left out. unlabelled: kept without labels.
+    """
+
+    phase: str
+    done: int
+    total: int
+    share: float
+    rejected: int
+    unlabelled: int
+
+
+DEFAULT_RECIPE = Recipe()
+
+
+def preprocess(
+    inputs: Sequence[Any],
+    out: str | Path,
+    recipe: Recipe = DEFAULT_RECIPE,
+    resources: Resources = HERE,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Dataset:
+    """Read structures, label them with xTB, and store a data set in the directory ``out``.
+
+    inputs: files (also globs and names of embedded data sets), or ``ase.Atoms``. Structures that
+    cannot be used are left out, those that xTB cannot label are kept without labels; both are in
+    failures.jsonl with the reason. An interrupted job goes on when called again the same way, and
+    the finished data set does not depend on interruptions or on ``resources``.
+
+    Raises InputError when a whole file is at fault, or ``out`` holds something else; OrbqError when
+    the disk is full or the labelling processes cannot be run.
+    """
+    if recipe.method not in METHODS:
+        raise InputError(f"unknown xTB method {recipe.method!r}; known: {', '.join(METHODS)}")
+    reader = _reader(inputs, recipe.keys)
+    work = Workspace(Path(out))
+    try:
+        identity = _identity(reader, recipe)
+        if finished := _finished(work, identity):
+            return finished
+        work.acquire()
+        try:
+            staged = _read(reader, work, recipe.method, identity, on_progress)
+            ledger = _label(work, staged, recipe, resources, on_progress)
+            on_progress(_progress("store", staged, ledger))
+            write_manifest(work, _sources(reader), identity, staged, ledger)
+            work.finish()
+            on_progress(_progress("done", staged, ledger))
+            return Dataset.open(work.out)
+        finally:
+            work.release()
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise OrbqError(
+                f"{out}: no room left on the disk ({error.strerror}); what is finished is kept: "
+                "make room and run the same command again to go on"
+            ) from error
+        raise
+
+
+def _progress(phase: str, staged: Staged, ledger: Ledger) -> Progress:
+    n = staged.structures
+    return Progress(phase, n, n, 1.0, staged.rejected, len(ledger.failures))
+
+
+def _sources(reader: Reader) -> list[dict[str, str]]:
+    return [{"name": source.name, "sha256": source.sha256} for source in reader.sources]
+
+
+def _reader(inputs: Sequence[Any], keys: Keys) -> Reader:
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
+    if not inputs:
+        raise InputError("no input given")
+    if all(isinstance(item, str | Path) for item in inputs):
+        return Reader(find_sources(inputs), keys)
+    if not all(hasattr(item, "get_positions") for item in inputs):
+        raise InputError("inputs must be all files or all ase.Atoms")
+    digest = hashlib.sha256()
+    for atoms in inputs:
+        for name, value in sorted(named_values(atoms, bare=False).items()):
+            array = np.asarray(value)
+            data = repr(value).encode() if array.dtype == object else array.tobytes()
+            digest.update(f"{name} {array.dtype} {array.shape}".encode() + data)
+        digest.update(atoms.cell.array.tobytes() + atoms.pbc.tobytes())
+    return Reader([Source("atoms in memory", Path(), digest.hexdigest())], keys, inputs)
+
+
+# --------------------------------------------------------------------------- which job it is
+
+
+def _identity(reader: Reader, recipe: Recipe) -> dict[str, Any]:
+    """Everything the finished data set depends on."""
+    return {
+        "schema version": SCHEMA_VERSION,
+        "input": [source.sha256 for source in reader.sources],
+        "method": recipe.method,
+        "settings": recipe.settings._asdict(),
+        "keys": {name: key for name, key in recipe.keys._asdict().items() if key},
+        "tblite version": xtb.version(),
+    }
+
+
+def _finished(work: Workspace, identity: dict[str, Any]) -> Dataset | None:
+    """The data set in ``out`` if this very job has finished there, None if there is none."""
+    if not (work.out / MANIFEST).is_file():
+        return None
+    manifest = store.read_manifest(work.out)
+    _same_job(work.out, manifest.get("job", {}), identity)
+    if work.state.is_dir():  # killed between the manifest and the last removal
+        work.acquire()
+        work.finish()
+    return Dataset.open(work.out)
+
+
+def _same_job(out: Path, there: dict[str, Any], identity: dict[str, Any]) -> None:
+    different = [name for name, value in identity.items() if there.get(name) != value]
+    if different:
+        name = different[0]
+        detail = "" if name == "input" else f" ({there.get(name)} there, {identity[name]} here)"
+        raise InputError(
+            f"{out} belongs to another job: its {name} is different{detail}; choose another "
+            "directory for --out, or delete this one"
+        )
+
+
+# --------------------------------------------------------------------------- read
+
+
+def _read(
+    reader: Reader,
+    work: Workspace,
+    method: str,
+    identity: dict[str, Any],
+    on_progress: Callable[[Progress], None],
+) -> Staged:
+    if work.staged.is_file():
+        state = json.loads(work.staged.read_text(encoding="utf-8"))
+        _same_job(work.out, state["job"], identity)
+        return Staged(**state["staged"])
+    work.clear()  # reading that was interrupted begins again
+    try:
+        staged = stage(
+            reader,
+            work,
+            method,
+            lambda kept, bad: on_progress(Progress("read", kept, 0, 0.0, bad, 0)),
+        )
+    except InputError:
+        work.discard()
+        raise
+    state = {"job": identity, "staged": staged._asdict()}
+    store.write_atomically(work.staged, json.dumps(state))
+    return staged
+
+
+# --------------------------------------------------------------------------- label
+
+
+class _Work(NamedTuple):
+    """The arrays that labelling reads, and its chunks."""
+
+    arrays: dict[str, np.ndarray]
+    order: np.ndarray
+    bounds: np.ndarray
+    cost: np.ndarray  # [C + 1] cumulated over chunks
+
+    def members(self, chunk: int) -> np.ndarray:
+        return self.order[self.bounds[chunk] : self.bounds[chunk + 1]]
+
+
+def _label(
+    work: Workspace,
+    staged: Staged,
+    recipe: Recipe,
+    resources: Resources,
+    on_progress: Callable[[Progress], None],
+) -> Ledger:
+    names = (store.OFFSETS, *wire.PER_ATOM, *wire.PER_STRUCTURE)
+    arrays = {name: np.load(store.array_file(work.out, name), mmap_mode="r") for name in names}
+    offsets = np.array(arrays[store.OFFSETS])
+    cost = costs(arrays["numbers"], offsets, recipe.method)
+    order, bounds = plan(cost)
+    total = np.concatenate([[0.0], np.cumsum(cost[order])])[bounds]
+    todo = _Work({**arrays, store.OFFSETS: offsets}, order, bounds, total)
+    ledger = Ledger(work, offsets)
+
+    def tell() -> None:
+        chunks = np.array(sorted(ledger.done), int)
+        done = int((bounds[chunks + 1] - bounds[chunks]).sum())
+        share = float((total[chunks + 1] - total[chunks]).sum() / total[-1])
+        failed = len(ledger.failures)
+        on_progress(Progress("label", done, staged.structures, share, staged.rejected, failed))
+
+    try:
+        tell()
+        left = [c for c in range(len(bounds) - 1) if c not in ledger.done]
+        if left:
+            with open_pool(resources) as pool:
+                _run(left, todo, _Calls(pool, recipe, resources), ledger, tell)
+        ledger.commit()
+    finally:
+        ledger.close()
+    return ledger
+
+
+class _Calls(NamedTuple):
+    """Submits chunks to a pool."""
+
+    pool: Pool
+    recipe: Recipe
+    resources: Resources
+
+    def submit(self, todo: _Work, chunk: int) -> Future[bytes]:
+        note = {
+            "method": self.recipe.method,
+            "settings": self.recipe.settings._asdict(),
+            "timeout": self.resources.timeout,
+        }
+        arrays = wire.select(todo.arrays, todo.members(chunk).tolist())
+        data = wire.pack(wire.Message(arrays, note))
+        spec = supervise.Spec(blas=self.resources.blas)
+        return self.pool.executor.submit(supervise.label_chunk, data, spec)
+
+
+def _result(future: Future[bytes]) -> bytes:
+    try:
+        return future.result()
+    except OrbqError:
+        raise
+    except Exception as error:  # whatever an executor raises when its workers are lost
+        raise OrbqError(
+            f"the pool of labelling processes failed ({type(error).__name__}: {error}); what is "
+            "finished is kept: run the same command again to go on"
+        ) from error
+
+
+def _run(
+    left: list[int], todo: _Work, calls: _Calls, ledger: Ledger, tell: Callable[[], None]
+) -> None:
+    """Keep the pool busy until every chunk is in the ledger; memory is bounded by the pool."""
+    waiting: dict[Future[bytes], int] = {}
+    queue, told = iter(left), time.monotonic()
+    exhausted = False
+    try:
+        while waiting or not exhausted:
+            while not exhausted and len(waiting) < 2 * calls.pool.width() + 2:
+                chunk = next(queue, None)
+                exhausted = chunk is None
+                if chunk is not None:
+                    waiting[calls.submit(todo, chunk)] = chunk
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                chunk = waiting.pop(future)
+                ledger.record(chunk, todo.members(chunk), wire.unpack(_result(future)))
+            if time.monotonic() - told > 0.2:
+                told = time.monotonic()
+                tell()
+        tell()
+    finally:
+        with suppress(OSError):
+            ledger.commit()
+        for future in waiting:
+            future.cancel()

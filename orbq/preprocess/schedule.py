@@ -1,0 +1,162 @@
+"""Who computes what, when: chunks of similar cost, largest first, on a pool of processes.
+
+The labelling loop knows ``concurrent.futures.Executor`` alone: threads that each hold one labelling
+process on this machine, or a Dask cluster whose workers do the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orbq import orbitals
+from orbq.errors import InputError
+from orbq.preprocess import supervise
+
+# Seconds for n orbitals on one core of the machine of benchmarks/RESULTS.md; only ratios matter.
+OVERHEAD = 1.5e-3
+PER_ORBITAL, EXPONENT = 1.6e-7, 2.6
+# A chunk is this part of the whole work, within bounds in seconds: large enough that sending it
+# costs nothing, small enough that the last one is not waited for and little is lost by a kill.
+PART, SHORTEST, LONGEST = 1 / 64, 0.05, 2.0
+
+
+class Resources(NamedTuple):
+    """Where and how the labels are computed; nothing here changes a label.
+
+    workers: processes on this machine (None: one per core), or per job of a batch system.
+    scheduler: None (this machine), the address of a Dask scheduler, "slurm" or "pbs".
+    timeout: seconds after which one structure is given up. blas: "auto", "off" or a path (blas.py).
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    timeout: float | None = 600.0
+    blas: str = "auto"
+
+
+class Pool(NamedTuple):
+    """An executor and how many chunks it works on at once."""
+
+    executor: Executor
+    width: Callable[[], int]
+
+
+def costs(numbers: np.ndarray, offsets: np.ndarray, method: str) -> np.ndarray:
+    """Estimated seconds [S] of each structure: overhead + n_orbitals^2.6."""
+    per_element = orbitals.shells(method).slot_mask.sum(1)
+    n_orbitals = np.empty(len(offsets) - 1)
+    block = 1 << 16  # structures at a time: constant memory
+    for start in range(0, len(n_orbitals), block):
+        rows = offsets[start : start + block + 1]
+        counted = per_element[numbers[rows[0] : rows[-1]]]
+        n_orbitals[start : start + block] = np.add.reduceat(counted, rows[:-1] - rows[0])
+    return OVERHEAD + PER_ORBITAL * n_orbitals**EXPONENT
+
+
+def plan(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks as (order [S], bounds [C + 1]): chunk c holds structures order[bounds[c]:bounds[c+1]].
+
+    The most expensive structures come first. Depends on the costs alone, so that an interrupted job
+    finds the same chunks again on any number of workers.
+    """
+    order = np.argsort(-cost, kind="stable")
+    total = np.concatenate([[0.0], np.cumsum(cost[order])])
+    limit = float(np.clip(total[-1] * PART, SHORTEST, LONGEST))
+    bounds = [0]
+    while bounds[-1] < len(order):
+        start = bounds[-1]
+        stop = int(np.searchsorted(total, total[start] + limit, side="right")) - 1
+        bounds.append(min(max(stop, start + 1), len(order)))
+    return order, np.array(bounds)
+
+
+@contextmanager
+def open_pool(resources: Resources) -> Iterator[Pool]:
+    """The executor for ``resources``; its processes are ended on the way out.
+
+    Raises InputError for a scheduler that is unknown or cannot be reached.
+    """
+    if resources.scheduler is None:
+        with _local_pool(resources.workers or usable_cores()) as pool:
+            yield pool
+    else:
+        with _dask_pool(resources) as pool:
+            yield pool
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _local_pool(workers: int) -> Iterator[Pool]:
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least 1 is needed")
+    supervise.STABLE.reopen()
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="orbq")
+    try:
+        yield Pool(executor, lambda: workers)
+    finally:
+        supervise.STABLE.close()
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _dask_pool(resources: Resources) -> Iterator[Pool]:
+    try:
+        import distributed
+    except ImportError as error:
+        raise InputError(
+            f"--scheduler {resources.scheduler} needs Dask: pip install 'orbq[dask]'"
+        ) from error
+    with _dask_cluster(resources) as address:
+        try:
+            client = distributed.Client(address, timeout="30s", set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise InputError(
+                f"--scheduler {resources.scheduler}: no Dask scheduler answers there ({error}); "
+                "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
+            ) from error
+        with client:
+            yield Pool(client.get_executor(pure=False), lambda: _threads(client))
+
+
+def _threads(client: Any) -> int:
+    return max(1, sum(client.nthreads().values()))
+
+
+@contextmanager
+def _dask_cluster(resources: Resources) -> Iterator[Any]:
+    """What ``distributed.Client`` connects to: an address, or a cluster of batch jobs."""
+    scheduler = resources.scheduler or ""
+    if "://" in scheduler:
+        yield scheduler
+        return
+    kinds = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
+    if scheduler not in kinds:
+        raise InputError(
+            f"--scheduler {scheduler!r}: give tcp://HOST:PORT of a Dask scheduler, or one of "
+            f"{', '.join(kinds)}"
+        )
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise InputError(
+            f"--scheduler {scheduler} needs dask-jobqueue: pip install 'orbq[dask]'"
+        ) from error
+    try:
+        with getattr(dask_jobqueue, kinds[scheduler])() as cluster:
+            cluster.scale(resources.workers or 1)
+            yield cluster
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise InputError(
+            f"--scheduler {scheduler}: {error}; cores, memory, queue and walltime of a job come "
+            "from Dask's jobqueue.yaml (dask-jobqueue's documentation, 'Configuration')"
+        ) from error
