@@ -58,6 +58,8 @@ class Architecture(NamedTuple):
     n_radial: int = 8
     radial_hidden: tuple[int, ...] = (32,)
     readout_hidden: int = 16
+    embed_charge: bool = True
+    embed_spin: bool = True
     heads: tuple[tuple[str, str], ...] = ()
 
 
@@ -110,7 +112,7 @@ class _Network(nn.Module):
         species = jnp.asarray(_species_table(const.elements))[numbers]
         total_charge = graph.globals["total_charge"].astype(dtype)
         unpaired = graph.globals["spin_multiplicity"].astype(dtype) - 1
-        condition = jnp.stack([total_charge, unpaired], axis=-1)[structure]
+        state = jnp.stack([total_charge * arch.embed_charge, unpaired * arch.embed_spin], axis=-1)
         features = BACKBONES[arch.backbone](
             n_species=len(const.elements),
             cutoff=arch.cutoff,
@@ -121,7 +123,7 @@ class _Network(nn.Module):
             radial_hidden=arch.radial_hidden,
             avg_num_neighbors=const.avg_num_neighbors,
             name="backbone",
-        )(vectors, species, graph.senders, graph.receivers, condition)
+        )(vectors, species, graph.senders, graph.receivers, state[structure])
 
         def readout(name: str) -> Array:
             per_atom = EnergyReadout(arch.readout_hidden, name=name)(features.scalars)

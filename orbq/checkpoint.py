@@ -1,0 +1,95 @@
+"""Checkpoints: plain trees of arrays, written by Orbax, never pickled.
+
+A run keeps ``checkpoints/step_<n>`` (everything needed to go on, the newest two) and
+``checkpoints/best`` (the averaged parameters of the best validation). Orbax writes a checkpoint
+under a temporary name and renames it when it is complete, so that a directory of the final name is
+a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from orbq.errors import OrbqError
+
+KEEP = 2  # newest resumable checkpoints kept
+BEST = "best"
+_META = "orbq.json"
+
+
+def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
+    """Write ``tree`` (arrays in NamedTuples, dicts, tuples) and ``meta`` (JSON) to ``directory``.
+
+    An existing checkpoint of that name is replaced only when the new one is complete.
+    """
+    partial = directory.with_name(directory.name + ".new")
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial.absolute(), serialization.to_state_dict(tree))
+        checkpointer.wait_until_finished()
+    (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old)
+    else:
+        partial.rename(directory)
+
+
+def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+    """The tree of a checkpoint in the structure, shapes and types of ``template``, and its meta.
+
+    Raises OrbqError naming the checkpoint when it is damaged or of another architecture.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+    wanted = jax.tree.map(describe, serialization.to_state_dict(template))
+    try:
+        meta = json.loads((directory / _META).read_text(encoding="utf-8"))
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(directory.absolute(), wanted)
+    except Exception as error:  # Orbax raises many kinds; all mean the same to the caller
+        raise OrbqError(
+            f"checkpoint {directory} cannot be restored, it is damaged or of another architecture: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; delete it and "
+            "resume from an earlier one, or start again with --overwrite"
+        ) from error
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(found), strict=True
+    ):
+        if a.shape != b.shape:
+            name = jax.tree_util.keystr(path)
+            raise OrbqError(
+                f"checkpoint {directory} is of another architecture: {name} has shape {b.shape}, "
+                f"the configuration asks for {a.shape}; use its own configuration"
+            )
+    return serialization.from_state_dict(template, found), meta
+
+
+def resumable(checkpoints: Path) -> list[Path]:
+    """Complete resumable checkpoints of a run, newest first."""
+    found = []
+    for path in checkpoints.glob("step_*"):
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / _META).is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_step(checkpoints: Path, step: int, tree: Any, meta: dict[str, Any]) -> None:
+    """Write a resumable checkpoint and drop all but the newest ``KEEP``."""
+    save(checkpoints / f"step_{step:09d}", tree, meta)
+    for old in resumable(checkpoints)[KEEP:]:
+        shutil.rmtree(old)

@@ -1,0 +1,311 @@
+"""From a configuration to everything a training run needs: pools, budget, constants, batches.
+
+This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph.GraphsTuple``s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jraph
+import numpy as np
+
+from orbq.cache import cache_directory
+from orbq.config import Config, check_against
+from orbq.errors import InputError
+from orbq.losses import Batch, LossSpec
+from orbq.models.potential import Architecture, Constants
+from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
+from orbq.preprocess.plan import make_plan
+from orbq.preprocess.pool import Part, Pool, part_labels
+from orbq.preprocess.references import Fit, References, fit_pool_references, pool_elements
+from orbq.preprocess.store import Dataset
+from orbq.orbitals import SYMBOLS
+from orbq.schema import FIELDS
+from orbq.splits import split
+from orbq.targets import TARGETS, Moments, Statistics, moments, statistics
+
+EMBEDDED = ("tmc", "tmc_unlabelled")
+DFT_FIELDS = ("energy", "forces", "stress", "dft_charges")  # never used of charge-only structures
+PER_ATOM = tuple(n for n in TARGETS if not n.startswith("xtb_"))  # normalised per element and shell
+_CHUNK = 4096  # structures at a time when the training labels are scanned
+_ENERGY_FLOOR, _FORCE_FLOOR = 1e-3, 1e-3  # eV, eV/Å; scales are not smaller
+
+
+class TrainingData(NamedTuple):
+    """Everything that follows from the data and the configuration before the first update.
+
+    pools: "train", "validation", "test"; an empty part is absent. If charge-only structures are
+    named, also "unlabelled" and "teaching" (train, then unlabelled). references: per energy label
+    that is trained on; energy_fit: what they leave of the training energies. spec, constants,
+    architecture: structure of loss and network.
+    budget: padded size of every batch. labels: field -> labelled training structures.
+    """
+
+    pools: Mapping[str, Pool]
+    references: Mapping[str, References]
+    energy_fit: Fit | None
+    spec: LossSpec
+    constants: Constants
+    architecture: Architecture
+    budget: Budget
+    labels: Mapping[str, int]
+    datasets: tuple[Dataset, ...]
+
+
+def open_dataset(name: str) -> Dataset:
+    """A data-set directory, or an embedded data set by name, labelled once into the cache.
+
+    Raises InputError when it is neither.
+    """
+    if Path(name).exists() or name not in EMBEDDED:
+        if not Path(name).exists():
+            known = ", ".join(EMBEDDED)
+            raise InputError(f"no data set {name!r}: not a directory, nor embedded ({known})")
+        return Dataset.open(name)
+    from orbq import __version__
+    from orbq.preprocess.label import preprocess
+
+    place = cache_directory() / "datasets" / f"{name}-{__version__}"
+    try:
+        return Dataset.open(place)
+    except InputError:
+        if place.exists() and (place / "manifest.json").exists():
+            shutil.rmtree(place)  # of another version or damaged: made again
+        return preprocess([name], place)
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The network's structure: heads for every auxiliary target with a positive weight."""
+    model = config.model
+    heads = []
+    for name in config.loss.weights.auxiliary():
+        kind = "energy" if name.startswith("xtb_") else model.head
+        heads.append((name, kind))
+    return Architecture(
+        backbone=model.backbone,
+        cutoff=model.cutoff,
+        n_layers=model.n_layers,
+        n_channels=model.n_channels,
+        lmax=model.lmax,
+        n_radial=model.n_radial,
+        radial_hidden=model.radial_hidden,
+        readout_hidden=model.readout_hidden,
+        embed_charge=model.embed_charge,
+        embed_spin=model.embed_spin,
+        heads=tuple(heads),
+    )
+
+
+def split_of(config: Config, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Structures of each part; the training part cut to ``data.n_train`` if that is not 0."""
+    data = config.data
+    fractions = (data.validation_fraction, data.test_fraction)
+    parts = split(dataset["group"], dataset["content_hash"], data.split, fractions)
+    if data.n_train:
+        available = len(parts["train"])
+        if data.n_train > available:
+            raise InputError(
+                f"data.n_train = {data.n_train}, but the training split of {data.dataset!r} has "
+                f"{available} structures: lower it, or label more"
+            )
+        order = np.random.default_rng([data.subset_seed, 1]).permutation(available)
+        parts["train"] = np.sort(parts["train"][order[: data.n_train]])
+    if not len(parts["train"]) or not len(parts["validation"]):
+        sizes = {name: len(rows) for name, rows in parts.items()}
+        raise InputError(f"the split {data.split!r} of {data.dataset!r} leaves {sizes}; change it")
+    return parts
+
+
+def prepare(config: Config) -> TrainingData:
+    """Open, split, check and measure the data of a configuration.
+
+    Raises InputError for data that cannot serve it: a missing label, a leak, an unknown element.
+    """
+    dataset = open_dataset(config.data.dataset)
+    unlabelled = [open_dataset(name) for name in config.data.unlabelled]
+    parts, cutoff = split_of(config, dataset), config.model.cutoff
+    pools = {n: Pool([Part(dataset, rows)], cutoff) for n, rows in parts.items() if len(rows)}
+    teaching = pools["train"]
+    if unlabelled:
+        _check_no_leak(dataset, parts, unlabelled)
+        pools["unlabelled"] = Pool([Part(d, None, DFT_FIELDS) for d in unlabelled], cutoff)
+        teaching = Pool([*teaching.parts, *pools["unlabelled"].parts], cutoff)
+        pools["teaching"] = teaching
+    labels = {f: int(teaching.labelled(f).sum()) for f in FIELDS}
+    check_against(config, labels, config.data.dataset)
+    weights = config.loss.weights
+    terms = tuple(n for n in ("energy", "forces") if getattr(weights, n) > 0)
+    terms += tuple(weights.auxiliary())
+    stats = {n: _statistics(n, teaching) for n in terms if n in PER_ATOM}
+    fits = _fit_references(config, pools["train"], teaching, terms)
+    elements = pool_elements(teaching)
+    _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
+    scales = {n: max(f.std, _ENERGY_FLOOR) for n, f in fits.items()}
+    scales |= {n: _force_scale(teaching, n) for n in ("forces", "xtb_forces") if n in terms}
+    train = pools["train"]
+    neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
+    per_atom = scales.get("energy", 1.0) / float(np.sqrt(train.n_nodes.mean()))
+    constants = Constants(
+        elements=tuple(int(z) for z in elements),
+        energy_scale=float(scales.get("forces", per_atom)),
+        avg_num_neighbors=max(float(neighbors), 1.0),
+        statistics=stats,
+    )
+    loss = config.loss
+    return TrainingData(
+        pools=pools,
+        references={n: f.references for n, f in fits.items()},
+        energy_fit=fits.get("energy"),
+        spec=LossSpec(terms, loss.kind, loss.huber_delta, loss.energy_per, scales, stats),
+        constants=constants,
+        architecture=architecture_of(config),
+        budget=_budget(pools, config.training.batch_size),
+        labels=labels,
+        datasets=(dataset, *unlabelled),
+    )
+
+
+def _fit_references(
+    config: Config, train: Pool, teaching: Pool, terms: tuple[str, ...]
+) -> dict[str, Fit]:
+    """References of the energies that are trained on; the reference energy's from ``train`` alone."""
+    given = None if config.data.references == "fit" else config.data.references
+    fits = {}
+    if "energy" in terms:
+        fits["energy"] = fit_pool_references(train, "energy", given)
+    if "xtb_energy" in terms:
+        fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
+    return fits
+
+
+def _statistics(name: str, pool: Pool) -> Statistics:
+    """Normalisation of a per-atom target over a pool, in constant memory."""
+    target = TARGETS[name]
+    shape = (target.element_mask.shape[0], target.k)
+    total = Moments(*(np.zeros(shape) for _ in range(3)))
+    for rows, part in _chunks(pool):
+        arrays = part.dataset.arrays
+        labelled = np.all([part_labels(part, rows, f) for f in target.fields], axis=0)
+        atoms = _atom_rows(arrays["offsets"], rows[labelled])
+        numbers = np.asarray(arrays["numbers"][atoms])
+        values = target.extract(arrays, atoms)
+        sums = moments(target, numbers, values, target.mask(numbers, True))
+        total = Moments(*(a + b for a, b in zip(total, sums, strict=True)))
+    return statistics(target, total)
+
+
+def _force_scale(pool: Pool, field: str) -> float:
+    """Root mean square of a force component over a pool, eV/Å."""
+    square, count = 0.0, 0
+    for rows, part in _chunks(pool):
+        arrays = part.dataset.arrays
+        atoms = _atom_rows(arrays["offsets"], rows[part_labels(part, rows, field)])
+        values = np.asarray(arrays[field][atoms])
+        square, count = square + float((values**2).sum()), count + values.size
+    return max(float(np.sqrt(square / max(count, 1))), _FORCE_FLOOR)
+
+
+def _chunks(pool: Pool) -> Iterator[tuple[np.ndarray, Part]]:
+    for part, rows in zip(pool.parts, pool.rows, strict=True):
+        for start in range(0, len(rows), _CHUNK):
+            yield rows[start : start + _CHUNK], part
+
+
+def _atom_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of the per-atom arrays that belong to these structures."""
+    pieces = [np.arange(offsets[i], offsets[i + 1]) for i in rows.tolist()]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+def _check_no_leak(
+    dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
+) -> None:
+    """Structures that are held out must not teach charges either (by content hash)."""
+    held_out = np.concatenate([parts["validation"], parts["test"]])
+    hashes = dataset["content_hash"][held_out]
+    for extra in unlabelled:
+        _, first, _ = np.intersect1d(hashes, extra["content_hash"], return_indices=True)
+        if len(first):
+            i = int(held_out[first[0]])
+            raise InputError(
+                f"{extra.path} holds {len(first)} structures of the validation or test split, the "
+                f"first is structure {i} of {dataset.path}: take them out of data.unlabelled, "
+                "else the test would be on structures whose charges were taught"
+            )
+
+
+def _require_elements(
+    pools: Mapping[str, Pool], elements: np.ndarray, references: Mapping[str, References]
+) -> None:
+    for name in ("validation", "test"):
+        if name not in pools:
+            continue
+        found = pool_elements(pools[name])
+        for reference in references.values():
+            reference.require(found, f"the {name} structures")
+        if len(unseen := np.setdiff1d(found, elements)):
+            symbols = ", ".join(SYMBOLS[z] for z in unseen)
+            raise InputError(
+                f"the {name} structures hold {symbols}, which no training structure does: add "
+                "structures with them, or use another split"
+            )
+
+
+def _budget(pools: Mapping[str, Pool], batch_size: float) -> Budget:
+    """One size for every program of a run: measured on what is trained on, large enough for all."""
+    budget = measure_budget(pools.get("teaching", pools["train"]), batch_size)
+    for pool in pools.values():
+        largest = (int(pool.n_nodes.max()) + 1, int(pool.n_edges.max()) + 1, 2)
+        budget = Budget(*(max(a, b) for a, b in zip(budget, largest, strict=True)))
+    return budget
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
+    """Packer of a pool with every label the loss or the evaluation may need."""
+    return Packer(
+        pool,
+        data.budget,
+        targets=tuple(n for n in data.spec.terms if n in TARGETS),
+        references=data.references,
+        seed=config.training.seed,
+        dtype=np.dtype(config.training.precision),
+    )
+
+
+def epoch_plan(
+    pool: Pool, n_labelled: int, share: float, budget: Budget, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Batches of one epoch: the first ``n_labelled`` items, each once, and so many of the others,
+    chosen anew each epoch, that they make up ``share`` of the structures."""
+    items = np.arange(n_labelled)
+    if share > 0:
+        others = np.random.default_rng([seed, epoch, 2]).permutation(len(pool) - n_labelled)
+        wanted = len(others) if share >= 1 else round(share / (1 - share) * n_labelled)
+        items = np.concatenate([items, n_labelled + np.sort(others[:wanted])])
+    plan = make_plan(pool.n_nodes[items], pool.n_edges[items], budget, seed, epoch)
+    return [items[batch] for batch in plan]
+
+
+def to_batch(packed: PackedBatch) -> Batch:
+    """The packer's arrays as positions, graph and targets."""
+    graph = jraph.GraphsTuple(
+        nodes={"numbers": packed.numbers},
+        edges={"shifts": packed.shifts},
+        senders=packed.senders,
+        receivers=packed.receivers,
+        n_node=packed.n_node,
+        n_edge=packed.n_edge,
+        globals={
+            "total_charge": packed.total_charge,
+            "spin_multiplicity": packed.spin_multiplicity,
+            "mask": packed.mask,
+        },
+    )
+    return Batch(packed.positions, graph, packed.targets)

@@ -1,0 +1,263 @@
+"""A trained run on disk, and what one does with it: energies, forces, charges of structures.
+
+    run = orbq.load("runs/demo")
+    positions, graph = run.graph(atoms)
+    forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N, 3] eV/Å
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jaxtyping import Array
+
+from orbq import checkpoint
+from orbq.config import Config, config_from_json
+from orbq.errors import InputError
+from orbq.models.potential import (
+    Architecture,
+    Constants,
+    Params,
+    Potential,
+    energy_fn,
+    make_potential,
+    predict,
+)
+from orbq.orbitals import SYMBOLS
+from orbq.preprocess.neighbors import neighbor_list
+from orbq.preprocess.frames import Source
+from orbq.preprocess.read import Failure, Reader
+from orbq.preprocess.references import References
+from orbq.schema import Structure
+from orbq.targets import Statistics
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+RUN_VERSION = 1
+RUN_FILE = "run.json"
+STATISTICS_FILE = "statistics.npz"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+class Run:
+    """A trained potential with its parameters, configuration and data manifest.
+
+    potential: the pure functions. params: averaged parameters of the best validation. config: as
+    trained. references: the energies that were taken out before training, eV. info: run.json.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        params: Params,
+        config: Config,
+        references: Mapping[str, References],
+        info: Mapping[str, Any],
+    ) -> None:
+        self.potential, self.params, self.config = potential, params, config
+        self.references, self.info = references, info
+        self.energy = energy_fn(potential)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Charge targets this run can predict."""
+        return tuple(n for n, _ in self.potential.architecture.heads if not n.startswith("xtb_"))
+
+    def graph(self, atoms: Atoms | Structure, dtype: Any = None) -> tuple[Array, jraph.GraphsTuple]:
+        """Positions [N, 3] (Å) and graph of one structure, without padding.
+
+        ``charge`` and ``spin_multiplicity`` are read from ``atoms.info`` (default: neutral; lowest
+        spin of the electron count). Raises InputError for an element the run was not trained on.
+        """
+        structure = self.structure(atoms)
+        dtype = dtype or jax.tree.leaves(self.params)[0].dtype
+        cutoff = self.potential.architecture.cutoff
+        edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
+        n = len(structure.numbers)
+        graph = jraph.GraphsTuple(
+            nodes={"numbers": jnp.asarray(structure.numbers, jnp.int32)},
+            edges={"shifts": jnp.asarray(edges.shifts, dtype)},
+            senders=jnp.asarray(edges.senders, jnp.int32),
+            receivers=jnp.asarray(edges.receivers, jnp.int32),
+            n_node=jnp.array([n], jnp.int32),
+            n_edge=jnp.array([len(edges.senders)], jnp.int32),
+            globals={
+                "total_charge": jnp.array([structure.total_charge], dtype),
+                "spin_multiplicity": jnp.array([structure.spin_multiplicity], dtype),
+                "mask": jnp.array([True]),
+            },
+        )
+        return jnp.asarray(structure.positions, dtype), graph
+
+    def structure(self, atoms: Atoms | Structure) -> Structure:
+        """The checked structure of an ``ase.Atoms``."""
+        if isinstance(atoms, Structure):
+            structure = atoms
+        else:
+            found = next(iter(Reader([Source("atoms", Path(), "")], atoms=[atoms])))
+            if isinstance(found, Failure):
+                raise InputError(f"the structure cannot be used: {found.reason}")
+            structure = found
+        unknown = sorted(set(structure.numbers.tolist()) - set(self.elements))
+        if unknown:
+            raise InputError(
+                f"element {', '.join(SYMBOLS[z] for z in unknown)} was not in the training data "
+                f"of this run, which knows {', '.join(SYMBOLS[z] for z in self.elements)}"
+            )
+        return structure
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers the run was trained on."""
+        return self.potential.constants.elements
+
+    def reference_energy(self, structure: Structure) -> float:
+        """What is added to the network's energy, eV (float64)."""
+        return float(
+            self.references["energy"].of(structure.numbers, structure.total_charge)
+            if "energy" in self.references
+            else 0.0
+        )
+
+    @cached_property
+    def _predict(self) -> Any:
+        targets = self.targets
+
+        def evaluate(params: Params, positions: Array, graph: jraph.GraphsTuple) -> Any:
+            return predict(self.potential, params, positions, graph, targets)
+
+        return jax.jit(evaluate)
+
+    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]:
+        """Total energy (eV, references included), forces [N, 3] (eV/Å) and charges of a structure."""
+        structure = self.structure(atoms)
+        positions, graph = self.graph(structure)
+        out = self._predict(self.params, positions, graph)
+        energy = float(out.energy[0]) + self.reference_energy(structure)
+        charges = {name: np.asarray(values) for name, values in out.charges.items()}
+        return {"energy": energy, "forces": np.asarray(out.forces), **charges}
+
+
+# --------------------------------------------------------------------------- on disk
+
+
+def save_description(
+    directory: Path,
+    config: Config,
+    architecture: Architecture,
+    constants: Constants,
+    references: Mapping[str, References],
+    extra: Mapping[str, Any],
+) -> None:
+    """Write what is fixed before training: run.json and the targets' statistics."""
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{name}/{part}": values
+        for name, stats in constants.statistics.items()
+        for part, values in stats._asdict().items()
+    }
+    np.savez(directory / STATISTICS_FILE, **arrays)
+    info = {
+        "run_version": RUN_VERSION,
+        "config": json.loads(config.model_dump_json()),
+        "architecture": architecture._asdict(),
+        "constants": {
+            "elements": constants.elements,
+            "energy_scale": constants.energy_scale,
+            "avg_num_neighbors": constants.avg_num_neighbors,
+        },
+        "references": {n: json.loads(r.to_json()) for n, r in references.items()},
+        **extra,
+    }
+    (directory / RUN_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """run.json of a run. Raises InputError when it is not one, or of another version."""
+    path = directory / RUN_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = info["run_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory} is not a run directory ({path.name}: {error}); train one with `orbq train`"
+        ) from error
+    if version != RUN_VERSION:
+        raise InputError(
+            f"{directory} was written by run format {version}, this orbq reads {RUN_VERSION}: "
+            "use the orbq version named in its run.json, or train again"
+        )
+    return dict(info)
+
+
+def load(path: str | Path) -> Run:
+    """Load a trained run: its potential with the parameters of the best validation.
+
+    Raises InputError when ``path`` is no run or has no complete checkpoint yet.
+    """
+    directory = Path(path)
+    info = read_description(directory)
+    architecture = _architecture(info["architecture"])
+    constants = Constants(
+        elements=tuple(info["constants"]["elements"]),
+        energy_scale=info["constants"]["energy_scale"],
+        avg_num_neighbors=info["constants"]["avg_num_neighbors"],
+        statistics=_statistics(directory / STATISTICS_FILE),
+    )
+    potential = make_potential(architecture, constants)
+    best = directory / CHECKPOINTS / checkpoint.BEST
+    if not best.is_dir():
+        raise InputError(
+            f"{directory} has no validated parameters yet; let `orbq train` reach its first "
+            "validation (training.validate_every)"
+        )
+    config = config_from_json(json.dumps(info["config"]), str(directory / RUN_FILE))
+    dtype = jnp.dtype(config.training.precision)
+    template = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(dtype))
+    params, _ = checkpoint.restore(best, {"params": template})
+    references = {
+        name: References.from_json(json.dumps(table)) for name, table in info["references"].items()
+    }
+    return Run(potential, params["params"], config, references, info)
+
+
+def _architecture(stored: Mapping[str, Any]) -> Architecture:
+    fields = dict(stored)
+    fields["radial_hidden"] = tuple(fields["radial_hidden"])
+    fields["heads"] = tuple((name, kind) for name, kind in fields["heads"])
+    return Architecture(**fields)
+
+
+def _statistics(path: Path) -> dict[str, Statistics]:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = sorted({key.split("/")[0] for key in arrays.files})
+        return {n: Statistics(arrays[f"{n}/mean"], arrays[f"{n}/scale"]) for n in names}
+
+
+def _smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:
+    """One atom with one edge: enough to know the parameters' shapes."""
+    zero = jnp.zeros(1, jnp.int32)
+    graph = jraph.GraphsTuple(
+        nodes={"numbers": zero},
+        edges={"shifts": jnp.ones((1, 3), dtype)},
+        senders=zero,
+        receivers=zero,
+        n_node=zero + 1,
+        n_edge=zero + 1,
+        globals={
+            "total_charge": jnp.zeros(1, dtype),
+            "spin_multiplicity": jnp.ones(1, dtype),
+            "mask": jnp.ones(1, bool),
+        },
+    )
+    return jnp.zeros((1, 3), dtype), graph
