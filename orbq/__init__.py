@@ -13,22 +13,47 @@ from orbq.errors import InputError, OrbqError
 
 if TYPE_CHECKING:
     from orbq.config import Config, load_config
+    from orbq.data import open_dataset
+    from orbq.preprocess.frames import embedded_path as embedded
+    from orbq.preprocess.label import preprocess as label
+    from orbq.preprocess.store import Dataset
+    from orbq.run import Run, load
 
 __version__ = "0.1.0"
 
-# public name -> the module that defines it
+# public name -> (module, name there). The labelling stage is called ``label`` here because
+# ``orbq.preprocess`` is the package it lives in.
 _LAZY = {
-    "Config": "orbq.config",
-    "load_config": "orbq.config",
+    "Config": ("orbq.config", "Config"),
+    "Dataset": ("orbq.preprocess.store", "Dataset"),
+    "Run": ("orbq.run", "Run"),
+    "embedded": ("orbq.preprocess.frames", "embedded_path"),
+    "label": ("orbq.preprocess.label", "preprocess"),
+    "load": ("orbq.run", "load"),
+    "load_config": ("orbq.config", "load_config"),
+    "open_dataset": ("orbq.data", "open_dataset"),
 }
 
-__all__ = ["Config", "InputError", "OrbqError", "__version__", "load_config"]
+__all__ = [
+    "Config",
+    "Dataset",
+    "InputError",
+    "OrbqError",
+    "Run",
+    "__version__",
+    "embedded",
+    "label",
+    "load",
+    "load_config",
+    "open_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module, attribute = _LAZY[name]
+    value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

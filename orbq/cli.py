@@ -22,6 +22,7 @@ from orbq.errors import OrbqError
 
 # command -> module; the function there has the command's name. In the order of --help.
 COMMANDS = {
+    "preprocess": "orbq.commands.preprocess",
     "doctor": "orbq.commands.doctor",
 }
 

@@ -68,7 +68,7 @@ _FROM_INPUT = (
 LABELLING = {
     "energy": _FROM_INPUT.format("energy"),
     "forces": _FROM_INPUT.format("forces"),
-    "dft_charges": _FROM_INPUT.format("charges"),
+    "dft_charges": _FROM_INPUT.format("dft-charges"),
 }
 
 

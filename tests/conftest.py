@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,8 +26,21 @@ def _compilation_cache() -> Path:
     return directory if writable else Path(tempfile.mkdtemp(prefix="orbq-tests-"))
 
 
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# in this process and in those that the tests start: a NaN anywhere is an error
+COMPILED = _compilation_cache()
+
+
+def _own_cache() -> Path:
+    """orbq's cache directory for this process: compiled programs from ``COMPILED``, all else new,
+    so that no test finds a data set that older code has labelled.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="orbq-tests-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    (directory / "jax").symlink_to(COMPILED)
+    return directory
+
+
+os.environ["ORBQ_CACHE_DIR"] = str(_own_cache())
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_DEBUG_NANS"] = "True"

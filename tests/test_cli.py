@@ -170,7 +170,8 @@ def test_interrupt_of_a_real_process() -> None:
 
 def test_public_names_load_when_used() -> None:
     for name in orbq.__all__:
-        assert getattr(orbq, name) is not None
+        value = getattr(orbq, name)
+        assert not isinstance(value, type(orbq)), f"{name} is hidden by a module of that name"
     assert set(orbq._LAZY) <= set(orbq.__all__) <= set(dir(orbq))
     with pytest.raises(AttributeError, match="nonsense"):
         _ = orbq.nonsense

@@ -146,7 +146,7 @@ def test_every_key_of_base_toml_is_explained() -> None:
 def test_committed_configs_are_valid_and_open_with_their_command(path: Path) -> None:
     config = load_config(path)
     assert config.run.directory
-    opening = path.read_text().split("\n\n[")[0]
+    opening = path.read_text().split("\n\n")[0]
     assert opening.startswith("#")
     assert "    orbq " in opening
 

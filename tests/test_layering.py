@@ -84,7 +84,7 @@ LAYERS = {
     ),
 }
 # at the top of a command's file; all else is imported when the command runs
-COMMAND_IMPORTS = ("typer", "rich", "orbq", "orbq.errors", "orbq.units", "orbq.commands.")
+COMMAND_IMPORTS = ("typer", "rich", "orbq.errors", "orbq.units", "orbq.commands.")
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -113,6 +113,8 @@ def imports(module: str, top_level_only: bool = False) -> Iterator[str]:
             assert node.level == 0, f"{module}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
+                if full == "orbq.__version__":  # a constant of the root, which is light itself
+                    continue
                 yield full if full in MODULES else str(node.module)
 
 
