@@ -30,6 +30,7 @@ from orbq.targets import TARGETS, Statistics
 
 HEADS = ("equivariant", "invariant")
 N_PRODUCT_CHANNELS = 16
+SMALL = nn.initializers.variance_scaling(0.03, "fan_in", "normal")  # start near the mean
 
 
 class Segments(NamedTuple):
@@ -64,13 +65,13 @@ class EquivariantColumns(nn.Module):
         """``mul`` copies of irrep ``ir`` [N, mul, 2l+1], linear in the equivariant features with
         weights that depend on the scalars; zero where the features cannot make this irrep."""
         if ir.l == 0 and ir.p == 1:
-            return nn.Dense(mul, name=str(ir), dtype=h.dtype)(h)[:, :, None]
+            return nn.Dense(mul, name=str(ir), dtype=h.dtype, kernel_init=SMALL)(h)[:, :, None]
         basis = self._basis(features.equivariant, ir)  # [N, 2l+1, B]
         if basis is None:
             return jnp.zeros((h.shape[0], mul, ir.dim), h.dtype)
         width = basis.shape[-1]
-        gate = nn.Dense(width, name=f"{ir}_gate", dtype=h.dtype)(h) + 1.0
-        weight = self.param(str(ir), nn.initializers.normal(width**-0.5), (width, mul))
+        gate = nn.Dense(width, name=f"{ir}_gate", dtype=h.dtype, kernel_init=SMALL)(h) + 1.0
+        weight = self.param(str(ir), SMALL, (width, mul))
         return jnp.swapaxes((basis * gate[:, None]) @ weight.astype(h.dtype), 1, 2)
 
     def _basis(self, features: Float[Array, "N D C"], ir: e3nn.Irrep) -> Array | None:
@@ -109,7 +110,7 @@ class InvariantColumns(nn.Module):
     def __call__(self, features: Features) -> Float[Array, "N K"]:
         scalars = jnp.concatenate(features.scalars, axis=-1)
         h = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=scalars.dtype)(scalars))
-        return nn.Dense(self.k, name="columns", dtype=scalars.dtype)(h)
+        return nn.Dense(self.k, name="columns", dtype=scalars.dtype, kernel_init=SMALL)(h)
 
 
 class TargetHead(nn.Module):

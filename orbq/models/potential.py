@@ -21,7 +21,7 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float
 
-from orbq.models.heads import Segments, TargetHead
+from orbq.models.heads import SMALL, Segments, TargetHead
 from orbq.models.nequip import NequIP
 from orbq.targets import TARGETS, Statistics
 
@@ -91,7 +91,8 @@ class EnergyReadout(nn.Module):
         for n, s in enumerate(scalars):
             if n == len(scalars) - 1:
                 s = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=s.dtype)(s))
-            total = total + nn.Dense(1, name=f"layer{n}", dtype=s.dtype, use_bias=False)(s)[:, 0]
+            out = nn.Dense(1, False, name=f"layer{n}", dtype=s.dtype, kernel_init=SMALL)
+            total = total + out(s)[:, 0]
         return total
 
 

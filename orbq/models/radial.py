@@ -23,13 +23,15 @@ def polynomial_cutoff(distance: Float[Array, " E"], cutoff: float, p: int = 6) -
 
 
 def bessel_basis(distance: Float[Array, " E"], cutoff: float, n: int) -> Float[Array, "E n"]:
-    """sqrt(2/cutoff) sin(n pi d / cutoff) / d for n = 1..n, times cutoff so that it has no unit.
+    """sin(n pi x) / (sqrt(2) x), x = d / cutoff, for n = 1..n.
 
-    arXiv:2003.03123, eq. 7. ``distance`` (Å) must be positive; see ``safe_norm``.
+    arXiv:2003.03123, eq. 7, but for the constant: with this one the functions' root mean square
+    over the neighbours of a molecule at 5 Å is about 1. ``distance`` (Å) must be positive; see
+    ``safe_norm``.
     """
     frequencies = jnp.arange(1, n + 1, dtype=distance.dtype) * jnp.pi
     x = distance[:, None] / cutoff  # [E, 1]
-    return jnp.sqrt(2.0).astype(distance.dtype) * jnp.sin(frequencies * x) / x
+    return jnp.sin(frequencies * x) / (2.0**0.5 * x)
 
 
 def safe_norm(vectors: Float[Array, "E 3"], floor: float = 1e-3) -> Float[Array, " E"]:
