@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from orbq.errors import InputError
-from orbq.schema import FAILURES
 
 if TYPE_CHECKING:
     from orbq.preprocess.label import Progress
@@ -210,7 +209,7 @@ def _failures(dataset: Dataset, console: Console) -> None:
         console.print(f"{number:,} {kind[0]}, e.g. {first[kind]}")
     if reasons:
         more = f"{len(reasons) - SHOWN} more reasons and " if len(reasons) > SHOWN else ""
-        console.print(f"{more}all of them: {dataset.path / FAILURES}")
+        console.print(f"{more}all of them: {dataset.path}/failures.jsonl")
 
 
 def pattern(reason: str) -> str:

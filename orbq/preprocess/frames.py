@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import io
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -22,7 +22,6 @@ from orbq.errors import InputError
 
 EMBEDDED = ("tmc", "tmc_unlabelled")
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_XYZ = (".xyz", ".extxyz")
 
 
 class Source(NamedTuple):
@@ -101,7 +100,7 @@ def read_frames(source: Source) -> Iterator[Frame]:
     """
     suffixes = [s.lower() for s in source.path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
-    frames = _read_xyz if suffixes and suffixes[-1] in _XYZ else _read_any
+    frames = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", _read_any)
     reached, readable, reason = 0, 0, ""
     try:
         for frame in frames(source, packed):
@@ -207,9 +206,31 @@ def _parse_xyz(text: str, index: int) -> Frame:
 def _read_any(source: Source, packed: str) -> Iterator[Frame]:
     from ase.io import iread
 
+    return _guarded(source, lambda: iread(str(source.path), index=":"))
+
+
+def _read_database(source: Source, packed: str) -> Iterator[Frame]:
+    """Rows of an ASE database, whose key-value pairs ``ase.io`` would drop.
+
+    They are taken from where the row keeps them: ASE answers 0 for a pair named ``charge``.
+    """
+    from ase.db import connect
+
+    def rows() -> Iterator[Any]:
+        for row in connect(str(source.path)).select():
+            atoms = row.toatoms(add_additional_information=True)
+            stored = vars(row)
+            pairs = row.key_value_pairs
+            atoms.info["key_value_pairs"] = {k: stored.get(k, v) for k, v in pairs.items()}
+            yield atoms
+
+    return _guarded(source, rows)
+
+
+def _guarded(source: Source, read: Callable[[], Iterable[Any]]) -> Iterator[Frame]:
     index = 0
     try:
-        for atoms in iread(str(source.path), index=":"):
+        for atoms in read():
             yield Frame(index, atoms)
             index += 1
     except GeneratorExit:
@@ -223,3 +244,6 @@ def _read_any(source: Source, packed: str) -> Iterator[Frame]:
 
 def _brief(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+_BY_SUFFIX = {".xyz": _read_xyz, ".extxyz": _read_xyz, ".db": _read_database}

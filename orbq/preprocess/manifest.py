@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from orbq import __version__
 from orbq.preprocess import store
 from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.read import UNLABELLED, Failure
@@ -32,7 +31,6 @@ def write_manifest(
     arrays = {name: _describe(store.array_file(work.out, name)) for name in store.array_names()}
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "orbq_version": __version__,
         "method": identity["method"],
         "settings": identity["settings"],
         "tblite_version": identity["tblite version"],

@@ -83,7 +83,8 @@ def open_pool(resources: Resources) -> Iterator[Pool]:
     Raises InputError for a scheduler that is unknown or cannot be reached.
     """
     if resources.scheduler is None:
-        with _local_pool(resources.workers or usable_cores()) as pool:
+        workers = usable_cores() if resources.workers is None else resources.workers
+        with _local_pool(workers) as pool:
             yield pool
     else:
         with _dask_pool(resources) as pool:

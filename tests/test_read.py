@@ -1,0 +1,176 @@
+"""Reading: names of values, formats, compression, and what a lattice without periodicity means."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from orbq.errors import InputError
+from orbq.preprocess.frames import find_sources
+from orbq.preprocess.read import FIRST_FOUND, Failure, Keys, Reader, read_structures
+from orbq.schema import Structure
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def water(info: str = "", properties: str = "", columns: str = "") -> str:
+    """One extxyz frame."""
+    rows = ["O 0 0 0.12", "H 0 0.76 -0.47", "H 0 -0.76 -0.47"]
+    head = f"Properties=species:S:1:pos:R:3{properties} {info}"
+    return "\n".join(["3", head, *(f"{row} {columns}" for row in rows)]) + "\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def one(path: Path, keys: Keys = FIRST_FOUND) -> Structure:
+    (item,) = read_structures([path], keys)
+    assert isinstance(item, Structure), item
+    return item
+
+
+@pytest.mark.parametrize("name", ["energy", "TotEnergy", "REF_energy", "dft_energy"])
+@pytest.mark.parametrize("forces", ["forces", "force", "REF_forces"])
+def test_usual_names_are_found(tmp_path, name, forces):
+    s = one(write(tmp_path / "a.xyz", water(f"{name}=-1.5", f":{forces}:R:3", "0.1 0.2 0.3")))
+    assert s.energy == -1.5
+    np.testing.assert_array_equal(s.forces, np.tile([0.1, 0.2, 0.3], (3, 1)))
+    assert (s.total_charge, s.spin_multiplicity, s.stress, s.dft_charges) == (0, 1, None, None)
+
+
+def test_charge_spin_group_and_charges(tmp_path):
+    text = water("charge=-1 multiplicity=2 group=aqua", ":dft_mulliken:R:1", "0.5")
+    s = one(write(tmp_path / "a.xyz", text))
+    assert (s.total_charge, s.spin_multiplicity, s.group) == (-1, 2, "aqua")
+    np.testing.assert_array_equal(s.dft_charges, [0.5, 0.5, 0.5])
+
+
+def test_the_lowest_multiplicity_is_assumed(tmp_path):
+    assert one(write(tmp_path / "a.xyz", water("charge=1"))).spin_multiplicity == 2
+
+
+def test_keys_choose_among_names(tmp_path):
+    path = write(tmp_path / "a.xyz", water("energy=-1 mp2=-2 q=1"))
+    s = one(path, Keys(energy="mp2", charge="q"))
+    assert (s.energy, s.total_charge) == (-2.0, 1)
+
+
+def test_a_demanded_key_missing_in_some_is_masked_and_in_all_an_error(tmp_path):
+    path = write(tmp_path / "a.xyz", water("mp2=-2") + water("energy=-1"))
+    first, second = read_structures([path], Keys(energy="mp2"))
+    assert first.energy == -2.0
+    assert second.energy is None
+    with pytest.raises(
+        InputError, match=r"energy key 'mp3'; keys present: energy, mp2; .*--energy"
+    ):
+        list(read_structures([path], Keys(energy="mp3")))
+
+
+def test_a_lattice_without_periodicity_is_dropped(tmp_path):
+    box = 'Lattice="50 0 0 0 50 0 0 0 50"'
+    free, periodic = read_structures(
+        [
+            write(tmp_path / "a.xyz", water(f'{box} pbc="F F F"')),
+            write(tmp_path / "b.xyz", water(f'{box} pbc="T T T"')),
+        ]
+    )
+    assert not free.pbc.any()
+    assert not free.cell.any()
+    assert periodic.pbc.all()
+    np.testing.assert_array_equal(periodic.cell, 50 * np.eye(3))
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [(".gz", gzip.open), (".xz", lzma.open)])
+def test_compressed_files(tmp_path, suffix, opener):
+    path = tmp_path / f"a.extxyz{suffix}"
+    with opener(path, "wt") as out:
+        out.write(water("energy=-1") + water("energy=-2"))
+    assert [s.energy for s in read_structures([path])] == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("suffix", ["traj", "db", "json", "xyz"])
+def test_formats_of_ase_carry_energy_forces_and_stress(tmp_path, suffix):
+    atoms = bulk("Cu", cubic=True) * 2
+    rng = np.random.default_rng(0)
+    forces, stress = rng.normal(size=(len(atoms), 3)), rng.normal(size=6)
+    atoms.calc = SinglePointCalculator(atoms, energy=-3.0, forces=forces, stress=stress)
+    ase.io.write(tmp_path / f"a.{suffix}", atoms)
+    s = one(tmp_path / f"a.{suffix}")
+    assert s.energy == -3.0
+    np.testing.assert_allclose(s.forces, forces, atol=1e-7)  # extxyz prints eight decimals
+    xx, yy, zz, yz, xz, xy = stress
+    np.testing.assert_allclose(s.stress, [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], atol=1e-7)
+
+
+def test_database_values_and_plain_xyz(tmp_path):
+    from ase.db import connect
+
+    with connect(tmp_path / "a.db") as db:
+        db.write(molecule("NH3"), charge=1, TotEnergy=-7.0)
+    s = one(tmp_path / "a.db")
+    assert (s.total_charge, s.spin_multiplicity, s.energy) == (1, 2, -7.0)
+    plain = one(write(tmp_path / "b.xyz", "2\njust a comment\nH 0 0 0\nH 0 0 0.74\n"))
+    assert (plain.energy, len(plain.numbers)) == (None, 2)
+
+
+def test_globs_are_sorted_and_sources_numbered(tmp_path):
+    for name, energy in (("b", -2), ("a", -1)):
+        write(tmp_path / f"{name}.xyz", water(f"energy={energy}"))
+    items = list(read_structures([tmp_path / "*.xyz"]))
+    assert [(s.energy, s.source) for s in items] == [(-1.0, (0, 0)), (-2.0, (1, 0))]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "4\nProperties=species:S:1:pos:R:3\nO 0 0 0\nH 0 0 1\n",
+        "1\nProperties=species:S:1:pos:R:3\nO 0 0 0\nH 0 0 1\n",
+        "1\nProperties=species:S:1:pos:R:3\nO 0 zero 0\n",
+        "1\nProperties=species:S:1:pos:R:3\nQq 0 0 0\n",
+        "1\nProperties=species:S:1:pos:R:3 charge=0.5\nO 0 0 0\n",
+        "1\nProperties=species:S:1:pos:R:3 energy=low\nO 0 0 0\n",
+    ],
+    ids=["too few lines", "too many lines", "not a number", "no element", "half charge", "word"],
+)
+def test_one_bad_frame_leaves_its_neighbours(tmp_path, broken):
+    text = water("energy=-1") + broken + "\n" + water("energy=-2")
+    first, bad, last = read_structures([write(tmp_path / "a.xyz", text)])
+    assert (first.energy, last.energy) == (-1.0, -2.0)
+    assert isinstance(bad, Failure)
+    assert bad.frame == 1
+    assert bad.reason
+
+
+def test_atoms_in_memory():
+    atoms = molecule("H2O")
+    atoms.info["charge"] = 1
+    bad = Atoms("H", [[0, 0, 0]], info={"charge": 0.3})
+    items = list(Reader(find_sources(["tmc"]), atoms=[atoms, bad]))
+    assert items[0].total_charge == 1
+    assert "0.3" in items[1].reason
+
+
+def test_embedded_data():
+    items = list(read_structures(["tmc"]))
+    assert len(items) == 770
+    assert all(s.energy is not None and s.dft_charges is not None and s.group for s in items)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+def test_public_data_sets():
+    acac = next(iter(read_structures([SHARED / "acac/train_300K.xyz"])))
+    assert not acac.cell.any()
+    assert acac.energy == pytest.approx(-9391.4555, abs=1e-3)
+    assert (
+        sum(isinstance(s, Structure) for s in read_structures([SHARED / "qm7.extxyz.gz"])) == 6000
+    )
