@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -75,10 +76,11 @@ def neighbors(
     stamp = _stamp(dataset, cutoff)
     if (cached := _open(place, stamp)) is not None:
         return cached
-    temporary = place.with_name(f"{place.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = place.with_name(f"{place.name}.tmp-{own}")
     _remove_abandoned(place)
     try:
-        temporary.mkdir(exist_ok=True)
+        temporary.mkdir()
         _write(dataset, cutoff, temporary, stamp, progress)
         _put(temporary, place, stamp)
     except OSError as error:
