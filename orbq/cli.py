@@ -24,6 +24,7 @@ from orbq.errors import OrbqError
 COMMANDS = {
     "preprocess": "orbq.commands.preprocess",
     "train": "orbq.commands.train",
+    "train": "orbq.commands.train",
     "doctor": "orbq.commands.doctor",
 }
 
