@@ -239,7 +239,7 @@ _DOCUMENTS = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(_DOCUMENTS)
 def test_any_document_is_accepted_or_refused_in_words(document: dict) -> None:
     try:
