@@ -11,8 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orbq.errors import InputError
-
 if TYPE_CHECKING:
     from orbq.preprocess.label import Progress
     from orbq.preprocess.store import Dataset
@@ -112,8 +110,6 @@ def preprocess(
     from orbq.preprocess.schedule import Resources
     from orbq.preprocess.xtb import Settings
 
-    if timeout <= 0:
-        raise InputError(f"--timeout {timeout:g}: it must be above 0 seconds")
     keys = Keys(
         energy_key, forces_key, charge_key, spin_key, dft_charges_key, group_key, stress_key
     )

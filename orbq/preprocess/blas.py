@@ -9,7 +9,6 @@ given to the labelling processes and to nothing else.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import subprocess
 import sys
@@ -84,14 +83,14 @@ def environment(blas: str | None) -> dict[str, str]:
 
 
 def loaded_blas() -> str:
-    """Name of the BLAS that this process's ``dgemm_`` comes from."""
-    preloaded = os.environ.get("LD_PRELOAD", "").split(os.pathsep)[0]
-    if not preloaded or ("blas" not in preloaded and "mkl" not in preloaded):
+    """Name of the BLAS that was preloaded into this process, or BUNDLED."""
+    path = os.environ.get("LD_PRELOAD", "").split(os.pathsep)[0]
+    real = os.path.realpath(path)
+    if not path or real not in Path("/proc/self/maps").read_text():
         return BUNDLED
-    name = Path(preloaded).resolve().name
-    library = ctypes.CDLL(preloaded)
-    if hasattr(library, "openblas_get_config"):
-        library.openblas_get_config.restype = ctypes.c_char_p
-        words = library.openblas_get_config().decode().split()
-        return f"{' '.join(words[:2])} ({name})"
-    return name
+    library = ctypes.CDLL(path)
+    if not hasattr(library, "openblas_get_config"):
+        return os.path.basename(real)
+    library.openblas_get_config.restype = ctypes.c_char_p
+    words = library.openblas_get_config().decode().split()
+    return f"{' '.join(words[:2])} ({os.path.basename(real)})"

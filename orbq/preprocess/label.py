@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,14 @@ from orbq.preprocess.frames import Source, find_sources
 from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.manifest import write_manifest
 from orbq.preprocess.read import FIRST_FOUND, Keys, Reader, named_values
-from orbq.preprocess.schedule import Pool, Resources, costs, open_pool, plan
+from orbq.preprocess.schedule import Pool, Resources, check_resources, costs, open_pool, plan
 from orbq.preprocess.stage import Staged, stage
 from orbq.preprocess.store import Dataset
 from orbq.schema import MANIFEST, SCHEMA_VERSION
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HERE = Resources()
+MAX_LOST = 3  # times that a pool may lose the same chunk
 
 
 class Recipe(NamedTuple):
@@ -75,6 +77,7 @@ def preprocess(
     """
     if recipe.method not in METHODS:
         raise InputError(f"unknown xTB method {recipe.method!r}; known: {', '.join(METHODS)}")
+    check_resources(resources)
     reader = _reader(inputs, recipe.keys)
     work = Workspace(Path(out))
     try:
@@ -247,12 +250,12 @@ def _label(
     return ledger
 
 
-class _Calls(NamedTuple):
-    """Submits chunks to a pool."""
+class _Calls:
+    """Submits chunks to a pool, and counts how often the pool lost one."""
 
-    pool: Pool
-    recipe: Recipe
-    resources: Resources
+    def __init__(self, pool: Pool, recipe: Recipe, resources: Resources) -> None:
+        self.pool, self.recipe, self.resources = pool, recipe, resources
+        self._lost: Counter[int] = Counter()
 
     def submit(self, todo: _Work, chunk: int) -> Future[bytes]:
         note = {
@@ -262,20 +265,26 @@ class _Calls(NamedTuple):
         }
         arrays = wire.select(todo.arrays, todo.members(chunk).tolist())
         data = wire.pack(wire.Message(arrays, note))
-        spec = supervise.Spec(blas=self.resources.blas)
+        spec = supervise.Spec(supervise.WORKER, self.resources.blas)
         return self.pool.executor.submit(supervise.label_chunk, data, spec)
 
+    def result(self, future: Future[bytes], chunk: int) -> wire.Message | None:
+        """The reply, or None if the pool lost the chunk, which may then be submitted again.
 
-def _result(future: Future[bytes]) -> bytes:
-    try:
-        return future.result()
-    except OrbqError:
-        raise
-    except Exception as error:  # whatever an executor raises when its workers are lost
-        raise OrbqError(
-            f"the pool of labelling processes failed ({type(error).__name__}: {error}); what is "
-            "finished is kept: run the same command again to go on"
-        ) from error
+        Raises OrbqError when this happened MAX_LOST times to one chunk.
+        """
+        try:
+            return wire.unpack(future.result())
+        except OrbqError:
+            raise
+        except (Exception, CancelledError) as error:  # each executor has its own for lost workers
+            self._lost[chunk] += 1
+            if self._lost[chunk] < MAX_LOST:
+                return None
+            raise OrbqError(
+                f"the labelling pool lost its workers ({type(error).__name__}: {error}); what is "
+                "finished is kept: run the same command again to go on"
+            ) from error
 
 
 def _run(
@@ -295,7 +304,11 @@ def _run(
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 chunk = waiting.pop(future)
-                ledger.record(chunk, todo.members(chunk), wire.unpack(_result(future)))
+                reply = calls.result(future, chunk)
+                if reply is None:
+                    waiting[calls.submit(todo, chunk)] = chunk
+                else:
+                    ledger.record(chunk, todo.members(chunk), reply)
             if time.monotonic() - told > 0.2:
                 told = time.monotonic()
                 tell()

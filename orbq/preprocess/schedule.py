@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from orbq import orbitals
 from orbq.errors import InputError
 from orbq.preprocess import supervise
+from orbq.preprocess.blas import find_blas
 
 # Seconds for n orbitals on one core of the machine of benchmarks/RESULTS.md; only ratios matter.
 OVERHEAD = 1.5e-3
@@ -24,6 +25,9 @@ PER_ORBITAL, EXPONENT = 1.6e-7, 2.6
 # A chunk is this part of the whole work, within bounds in seconds: large enough that sending it
 # costs nothing, small enough that the last one is not waited for and little is lost by a kill.
 PART, SHORTEST, LONGEST = 1 / 64, 0.05, 2.0
+
+CONNECT_SECONDS = 30  # to a Dask scheduler
+BATCH_SYSTEMS = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}  # of dask-jobqueue
 
 
 class Resources(NamedTuple):
@@ -76,6 +80,22 @@ def plan(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, np.array(bounds)
 
 
+def check_resources(resources: Resources) -> None:
+    """Raise InputError for resources that cannot be right, before any work is done."""
+    scheduler, timeout = resources.scheduler, resources.timeout
+    if resources.workers is not None and resources.workers < 1:
+        raise InputError(f"--workers {resources.workers}: at least 1 is needed")
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"--timeout {timeout:g}: it must be above 0 seconds")
+    if scheduler is None:
+        find_blas(resources.blas)
+    elif "://" not in scheduler and scheduler not in BATCH_SYSTEMS:
+        raise InputError(
+            f"--scheduler {scheduler!r}: give tcp://HOST:PORT of a Dask scheduler, or one of "
+            f"{', '.join(BATCH_SYSTEMS)}"
+        )
+
+
 @contextmanager
 def open_pool(resources: Resources) -> Iterator[Pool]:
     """The executor for ``resources``; its processes are ended on the way out.
@@ -98,8 +118,6 @@ def usable_cores() -> int:
 
 @contextmanager
 def _local_pool(workers: int) -> Iterator[Pool]:
-    if workers < 1:
-        raise InputError(f"--workers {workers}: at least 1 is needed")
     supervise.STABLE.reopen()
     executor = ThreadPoolExecutor(workers, thread_name_prefix="orbq")
     try:
@@ -119,14 +137,18 @@ def _dask_pool(resources: Resources) -> Iterator[Pool]:
         ) from error
     with _dask_cluster(resources) as address:
         try:
-            client = distributed.Client(address, timeout="30s", set_as_default=False)
+            client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise InputError(
                 f"--scheduler {resources.scheduler}: no Dask scheduler answers there ({error}); "
                 "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
             ) from error
         with client:
-            yield Pool(client.get_executor(pure=False), lambda: _threads(client))
+            try:
+                yield Pool(client.get_executor(pure=False), lambda: _threads(client))
+            finally:
+                with suppress(Exception):  # the workers may be gone; they outlive this job if not
+                    client.run(supervise.STABLE.empty)
 
 
 def _threads(client: Any) -> int:
@@ -140,12 +162,6 @@ def _dask_cluster(resources: Resources) -> Iterator[Any]:
     if "://" in scheduler:
         yield scheduler
         return
-    kinds = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
-    if scheduler not in kinds:
-        raise InputError(
-            f"--scheduler {scheduler!r}: give tcp://HOST:PORT of a Dask scheduler, or one of "
-            f"{', '.join(kinds)}"
-        )
     try:
         import dask_jobqueue
     except ImportError as error:
@@ -153,7 +169,7 @@ def _dask_cluster(resources: Resources) -> Iterator[Any]:
             f"--scheduler {scheduler} needs dask-jobqueue: pip install 'orbq[dask]'"
         ) from error
     try:
-        with getattr(dask_jobqueue, kinds[scheduler])() as cluster:
+        with getattr(dask_jobqueue, BATCH_SYSTEMS[scheduler])() as cluster:
             cluster.scale(resources.workers or 1)
             yield cluster
     except (ValueError, TypeError, FileNotFoundError) as error:

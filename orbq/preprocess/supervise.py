@@ -96,6 +96,7 @@ class Process:
         """End the process at once."""
         self.popen.kill()
         self.popen.wait()
+        self.position.close()
         for stream in (self.popen.stdin, self.popen.stdout, self.errors):
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
@@ -108,16 +109,16 @@ class Stable:
         self._lock, self._idle, self._busy = threading.Lock(), list[Process](), set[Process]()
         self._spec, self._closed = Spec(), False
 
-    def borrow(self, spec: Spec) -> Process:
-        """An idle process, or a new one."""
+    def borrow(self, spec: Spec, fresh: bool = False) -> Process:
+        """An idle process, or a new one; always a new one if ``fresh``."""
         with self._lock:
             if self._closed:
                 raise OrbqError("labelling was stopped")
             if spec != self._spec:
-                for process in self._idle:
+                stale, self._idle, self._spec = self._idle, [], spec
+                for process in stale:
                     process.close()
-                self._idle, self._spec = [], spec
-            if self._idle:
+            if self._idle and not fresh:
                 process = self._idle.pop()
                 self._busy.add(process)
                 return process
@@ -139,9 +140,16 @@ class Stable:
         """End all processes, also those at work; what they were doing raises OrbqError."""
         with self._lock:
             self._closed = True
-            everyone, self._idle = [*self._idle, *self._busy], []
-        for process in everyone:
-            process.popen.kill()
+            for process in self._busy:
+                process.popen.kill()  # whoever waits for it buries it
+        self.empty()
+
+    def empty(self) -> None:
+        """End the processes that have nothing to do."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.close()
 
     def reopen(self) -> None:
         """Allow work again after ``close``."""
@@ -186,19 +194,21 @@ def label_chunk(data: bytes, spec: Spec) -> bytes:
             culprit = todo[death.position]
             todo = [i for i in todo if i != culprit]
             try:
-                parts.append(([culprit], _call(request, [culprit], spec)))
+                parts.append(([culprit], _call(request, [culprit], spec, alone=True)))
             except DiedError as again:
                 failures.append((culprit, f"{again} (twice)"))
     return wire.pack(_assemble(request, parts, failures))
 
 
-def _call(request: wire.Message, chosen: list[int], spec: Spec) -> wire.Message:
-    process = STABLE.borrow(spec)
+def _call(
+    request: wire.Message, chosen: list[int], spec: Spec, alone: bool = False
+) -> wire.Message:
+    process = STABLE.borrow(spec, fresh=alone)
     alive = False
     try:
         arrays = wire.select(request.arrays, chosen)
         reply = process.call(wire.Message(arrays, request.note))
-        alive = True
+        alive = not alone  # what has just survived a dangerous structure is not used again
         return reply
     finally:
         STABLE.give_back(process, alive)
