@@ -24,7 +24,6 @@ from orbq.errors import OrbqError
 COMMANDS = {
     "preprocess": "orbq.commands.preprocess",
     "train": "orbq.commands.train",
-    "train": "orbq.commands.train",
     "doctor": "orbq.commands.doctor",
 }
 
