@@ -1,0 +1,285 @@
+"""A trained run as an ASE calculator: energy, forces, stress, atomic charges.
+
+    atoms.calc = orbq.Calculator("runs/demo")
+    atoms.get_potential_energy(), atoms.get_forces()
+
+Made for dynamics: neighbours are kept with a skin and searched anew only when an atom has moved by
+half of it, and the arrays are padded to a capacity that grows by steps, so that a trajectory
+runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator as AseCalculator
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from orbq.errors import InputError
+from orbq.models.potential import predict
+from orbq.models.strain import predict_stress
+from orbq.preprocess.neighbors import NeighborList, neighbor_list
+from orbq.preprocess.read import DEFAULT_NAMES
+from orbq.run import Run, load
+from orbq.schema import Structure
+from orbq.targets import CHARGE_TARGETS, TARGETS
+
+DTYPES = ("float32", "float64")
+_STEPS = 8  # capacities per doubling: at most 1/8 of an array is padding
+_HEADROOM = 1.05  # edges come and go in dynamics by a few per cent
+
+
+class Calculator(AseCalculator):
+    """ASE calculator of a run.
+
+    run: a loaded run or its directory. dtype: "float32" or "float64" of the calculation; None for
+    the precision the run was trained in. skin: Å by which the neighbour list reaches beyond the
+    cutoff; results do not depend on it. charge_target: which of the run's charge targets the
+    atomic charges are summed from; None for the first.
+
+    The total charge and the spin multiplicity are read from ``atoms.info`` (``charge``,
+    ``spin_multiplicity``) as ``Run.structure`` does; a change of them is noticed. Charges are
+    computed only when asked for, the stress from the first time it is asked for on.
+
+    Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
+    target that the run lacks.
+    """
+
+    implemented_properties = ("energy", "free_energy", "forces", "stress", "charges")
+    ignored_changes = frozenset({"initial_charges", "initial_magmoms"})
+    name = "orbq"
+
+    def __init__(
+        self,
+        run: Run | str | Path,
+        dtype: str | None = None,
+        skin: float = 0.5,
+        charge_target: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.run = run if isinstance(run, Run) else load(run)
+        self.dtype = _checked_dtype(dtype or self.run.config.training.precision)
+        self.charge_target = _charge_target(self.run, charge_target)
+        if self.charge_target is None:
+            self.implemented_properties = self.implemented_properties[:-1]
+        self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
+        self.compilations = 0
+        self._capacity = Capacity(0, 0)
+        self._with_stress = False
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        with self._precision():
+            self._params = jax.tree.map(lambda p: jnp.asarray(p, self.dtype), self.run.params)
+
+    # ------------------------------------------------------------------ what ASE calls
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation: also charge and spin in ``atoms.info``."""
+        changes = list(super().check_state(atoms, tol))
+        if self.atoms is not None and _state(atoms) != _state(self.atoms):
+            changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute ``properties`` of ``atoms`` into ``results``.
+
+        Raises InputError for a structure that the run cannot take, PropertyNotImplementedError for
+        charges without a charge target or the stress of a structure that is not a crystal.
+        """
+        super().calculate(atoms, properties, system_changes)
+        structure = self.run.structure(self.atoms)
+        wanted = set(properties)
+        if "charges" in wanted:
+            self._charges(structure)
+        if "stress" in wanted and not structure.pbc.all():
+            raise PropertyNotImplementedError(
+                f"stress needs a structure that is periodic in all directions, pbc is "
+                f"{structure.pbc.tolist()}"
+            )
+        if wanted - {"charges"}:
+            self._with_stress = (self._with_stress or "stress" in wanted) and structure.pbc.all()
+            self._energy(structure)
+
+    # ------------------------------------------------------------------ calculations
+
+    def _energy(self, structure: Structure) -> None:
+        name = "stress" if self._with_stress else "forces"
+        energy, forces, *stress = self._call(name, structure)
+        total = float(energy[0]) + self.run.reference_energy(structure)
+        self.results.update(
+            energy=total,
+            free_energy=total,
+            forces=np.asarray(forces, np.float64)[: len(structure.numbers)],
+        )
+        if stress:
+            voigt = full_3x3_to_voigt_6_stress(np.asarray(stress[0][0], np.float64))
+            self.results["stress"] = voigt
+
+    def _charges(self, structure: Structure) -> None:
+        if self.charge_target is None:
+            raise PropertyNotImplementedError(
+                "this run was trained without a charge target: charges need one of "
+                f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
+            )
+        values = np.asarray(self._call("charges", structure), np.float64)
+        weights = TARGETS[self.charge_target].charge
+        self.results["charges"] = (values @ weights)[: len(structure.numbers)]
+
+    def _call(self, name: str, structure: Structure) -> Any:
+        edges = self.neighbors.of(structure)
+        self._capacity = self._capacity.holding(len(structure.numbers), len(edges.senders))
+        cutoff = self.run.potential.architecture.cutoff
+        inputs = _padded(structure, edges, self._capacity, cutoff, self.dtype)
+        with self._precision():
+            if name not in self._compiled:
+                self._compiled[name] = self._compile(name)
+            return jax.device_get(self._compiled[name](self._params, *inputs))
+
+    def _compile(self, name: str) -> Callable[..., Any]:
+        potential, target = self.run.potential, self.charge_target
+
+        def program(params: Any, positions: Any, graph: jraph.GraphsTuple, cell: Any) -> Any:
+            self.compilations += 1
+            if name == "stress":
+                return tuple(predict_stress(potential, params, positions, graph, cell))
+            if name == "charges":
+                return potential.apply(params, positions, graph, (target,))[1][target]
+            out = predict(potential, params, positions, graph)
+            return out.energy, out.forces
+
+        return jax.jit(program)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return jax.enable_x64(True) if self.dtype == np.float64 else nullcontext()
+
+
+def _checked_dtype(name: str) -> np.dtype:
+    if str(name) not in DTYPES and name not in (np.float32, np.float64):
+        raise InputError(f"dtype {name!r}: give one of {', '.join(DTYPES)}")
+    return np.dtype(name)
+
+
+def _charge_target(run: Run, wanted: str | None) -> str | None:
+    present = [name for name in CHARGE_TARGETS if name in run.targets]
+    if wanted is not None and wanted not in present:
+        raise InputError(
+            f"charge_target {wanted!r}: this run predicts {', '.join(present) or 'no charges'}"
+        )
+    return wanted or next(iter(present), None)
+
+
+def _state(atoms: Atoms) -> tuple[str, ...]:
+    """Charge and multiplicity as they stand in ``info``."""
+    names = DEFAULT_NAMES["charge"] + DEFAULT_NAMES["spin"]
+    return tuple(repr(atoms.info.get(name)) for name in names)
+
+
+# --------------------------------------------------------------------------- neighbours
+
+
+class SkinNeighbors:
+    """Edges of a moving structure; searched anew when an atom has moved by half the skin.
+
+    cutoff, skin: Å. n_searches: how often neighbours were searched.
+    """
+
+    def __init__(self, cutoff: float, skin: float) -> None:
+        if not (np.isfinite(skin) and skin >= 0):
+            raise InputError(f"skin {skin} Å: it must be 0 or positive")
+        self.cutoff, self.skin, self.n_searches = cutoff, skin, 0
+        self._at: Structure | None = None
+        self._wide = NeighborList(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 3)))
+
+    def of(self, structure: Structure) -> NeighborList:
+        """Edges within the cutoff, as ``neighbor_list`` gives them."""
+        x = structure.positions
+        if not self._covers(structure):
+            reach = self.cutoff + self.skin
+            self._wide = neighbor_list(x, reach, structure.cell, structure.pbc)
+            self._at = structure
+            self.n_searches += 1
+        senders, receivers, shifts = self._wide
+        vectors = x[receivers] - x[senders] + shifts
+        near = np.einsum("ei,ei->e", vectors, vectors) < self.cutoff**2
+        return NeighborList(senders[near], receivers[near], shifts[near])
+
+    def _covers(self, structure: Structure) -> bool:
+        """Whether no pair can have come within the cutoff that the list does not hold."""
+        at = self._at
+        if (
+            at is None
+            or at.positions.shape != structure.positions.shape
+            or not np.array_equal(at.cell, structure.cell)
+            or not np.array_equal(at.pbc, structure.pbc)
+        ):
+            return False
+        moved = structure.positions - at.positions
+        return bool((np.einsum("ni,ni->n", moved, moved) <= (self.skin / 2) ** 2).all())
+
+
+class Capacity(NamedTuple):
+    """Padded sizes: nodes and edges, of which at least one of each is padding."""
+
+    n_node: int
+    n_edge: int
+
+    def holding(self, n_atoms: int, n_edges: int) -> Capacity:
+        """This capacity if the structure fits and fills half of it, else a new one."""
+        fits = n_atoms < self.n_node <= 2 * (n_atoms + 8)
+        if fits and n_edges < self.n_edge <= 2 * (n_edges + 64):
+            return self
+        n_node = self.n_node if fits else _rounded_up(n_atoms + 1)
+        return Capacity(n_node, _rounded_up(int(n_edges * _HEADROOM) + 16))
+
+
+def _rounded_up(n: int) -> int:
+    """The next of 8, 9, ..., 16, 18, 20, ..., 32, 36, ...: eight sizes per doubling."""
+    step = 1
+    while n > 2 * _STEPS * step:
+        step *= 2
+    return max(_STEPS, -(-n // step) * step)
+
+
+def _padded(
+    structure: Structure, edges: NeighborList, capacity: Capacity, cutoff: float, dtype: np.dtype
+) -> tuple[np.ndarray, jraph.GraphsTuple, np.ndarray]:
+    """Positions, graph and cell of one structure, padded as ``preprocess.pack`` pads."""
+    n, e = len(structure.numbers), len(edges.senders)
+    n_node, n_edge = capacity
+    positions = np.zeros((n_node, 3), dtype)
+    positions[:n] = structure.positions - structure.positions.mean(0)  # spares float32 its digits
+    numbers = np.zeros(n_node, np.int32)
+    numbers[:n] = structure.numbers
+    shifts = np.zeros((n_edge, 3), dtype)
+    shifts[:e], shifts[e:, 0] = edges.shifts, 2 * cutoff
+    senders, receivers = np.full((2, n_edge), n_node - 1, np.int32)
+    senders[:e], receivers[:e] = edges.senders, edges.receivers
+    cell = np.zeros((2, 3, 3), dtype)
+    cell[0] = structure.cell
+    graph = jraph.GraphsTuple(
+        nodes={"numbers": numbers},
+        edges={"shifts": shifts},
+        senders=senders,
+        receivers=receivers,
+        n_node=np.array([n, n_node - n], np.int32),
+        n_edge=np.array([e, n_edge - e], np.int32),
+        globals={
+            "total_charge": np.array([structure.total_charge, 0], dtype),
+            "spin_multiplicity": np.array([structure.spin_multiplicity, 1], dtype),
+            "mask": np.array([True, False]),
+        },
+    )
+    return positions, graph, cell

@@ -1,0 +1,217 @@
+"""The ASE calculator: derivatives, neighbours with a skin, compilations, dynamics."""
+
+from __future__ import annotations
+
+import ase
+import numpy as np
+import pytest
+from ase import units
+from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
+
+from orbq.calculator import Calculator, SkinNeighbors, _rounded_up
+from orbq.errors import InputError
+from orbq.preprocess.neighbors import neighbor_list
+from orbq.schema import Structure
+from tiny_run import random_run
+
+
+@pytest.fixture(scope="module")
+def run():
+    return random_run()
+
+
+@pytest.fixture(scope="module")
+def calculator(run):
+    """In float64; compiled once for all tests of this file."""
+    return Calculator(run, dtype="float64")
+
+
+def ethanol(seed: int = 0) -> ase.Atoms:
+    atoms = molecule("CH3CH2OH")
+    atoms.positions += 0.05 * np.random.default_rng(seed).normal(size=(9, 3))
+    return atoms
+
+
+def crystal() -> ase.Atoms:
+    atoms = bulk("TiO", "rocksalt", a=4.2, cubic=True)
+    rng = np.random.default_rng(2)
+    atoms.set_cell(atoms.cell.array + 0.1 * rng.normal(size=(3, 3)), scale_atoms=True)
+    atoms.positions += 0.1 * rng.normal(size=(8, 3))
+    return atoms
+
+
+def finite_difference(energy, displace, step: float) -> float:
+    """Central difference of fourth order of ``energy(displace(x))`` at x = 0."""
+    values = [energy(displace(k * step)) for k in (-2, -1, 1, 2)]
+    return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+
+
+def energy_with(calculator):
+    def energy(atoms):
+        atoms.calc = calculator
+        return atoms.get_potential_energy()
+
+    return energy
+
+
+@pytest.mark.parametrize("make", [ethanol, crystal])
+def test_forces_are_the_gradient_of_the_energy(calculator, make):
+    atoms = make()
+    atoms.calc = calculator
+    forces = atoms.get_forces()
+    direction = np.random.default_rng(1).normal(size=forces.shape)
+
+    def displaced(x):
+        moved = atoms.copy()
+        moved.positions += x * direction
+        return moved
+
+    numeric = -finite_difference(energy_with(calculator), displaced, 1e-3)
+    exact = (forces * direction).sum()
+    assert abs(exact) > 1e-2
+    assert numeric == pytest.approx(exact, rel=1e-6)  # issue's limit; h^4 error is far below
+
+
+def test_stress_is_the_strain_derivative(calculator):
+    atoms = crystal()
+    atoms.calc = calculator
+    stress = atoms.get_stress(voigt=False)
+    np.testing.assert_allclose(stress, stress.T)
+    strain = np.random.default_rng(3).normal(size=(3, 3))
+    strain = (strain + strain.T) / 2
+
+    def strained(x):
+        deformed = atoms.copy()
+        deformed.set_cell(atoms.cell.array @ (np.eye(3) + x * strain), scale_atoms=True)
+        return deformed
+
+    numeric = finite_difference(energy_with(calculator), strained, 1e-3) / atoms.get_volume()
+    exact = (stress * strain).sum()
+    assert abs(exact) > 1e-4
+    assert numeric == pytest.approx(exact, rel=1e-6)
+    np.testing.assert_allclose(  # the stress program's energy and forces are those of the other
+        atoms.get_forces(), fresh(calculator, atoms).get_forces(), atol=1e-12
+    )
+
+
+def fresh(calculator, atoms):
+    """The same atoms with another calculator of the same run, which never saw a stress."""
+    copy = atoms.copy()
+    copy.calc = Calculator(calculator.run, dtype="float64")
+    return copy
+
+
+def test_supercell_has_equal_energy_per_atom_and_stress(calculator):
+    small = crystal()
+    large = small.repeat((1, 1, 2))
+    small.calc = large.calc = calculator
+    reference = small.get_potential_energy(), small.get_stress()
+    assert large.get_potential_energy() == pytest.approx(2 * reference[0], abs=1e-9)
+    np.testing.assert_allclose(large.get_stress(), reference[1], atol=1e-12)
+
+
+def test_equals_the_run_in_float32(run):
+    atoms = ethanol()
+    atoms.info["charge"] = 1
+    atoms.positions += 100.0  # float32 loses no digits far from the origin
+    atoms.calc = Calculator(run)
+    near = atoms.copy()
+    near.positions -= 100.0
+    expected = run.predict(near)
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), expected["forces"], atol=2e-5)
+    assert atoms.get_forces().dtype == np.float64
+
+
+def test_charge_and_spin_in_info_are_noticed(calculator):
+    atoms = ethanol()
+    atoms.calc = calculator
+    energies = {}
+    for charge, multiplicity in ((0, 1), (1, 2), (-1, 2), (0, 3)):
+        atoms.info.update(charge=charge, spin_multiplicity=multiplicity)
+        energies[charge, multiplicity] = atoms.get_potential_energy()
+        assert atoms.get_charges().sum() == pytest.approx(charge, abs=1e-10)
+    assert len(set(energies.values())) == 4
+
+
+def test_charges_only_when_asked_for(run):
+    atoms = ethanol()
+    atoms.calc = Calculator(run)
+    atoms.get_forces()
+    assert "charges" not in atoms.calc.results and atoms.calc.compilations == 1
+    charges = atoms.get_charges()
+    assert charges.shape == (9,) and atoms.calc.compilations == 2
+    assert "energy" in atoms.calc.results  # kept beside them
+
+
+def test_what_the_run_lacks_is_not_implemented():
+    plain = Calculator(random_run(targets=()))
+    atoms = ethanol()
+    atoms.calc = plain
+    assert "charges" not in plain.implemented_properties
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_charges()
+    with pytest.raises(PropertyNotImplementedError, match="periodic"):
+        atoms.get_stress()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"skin": -1.0}, "skin"),
+        ({"charge_target": "dft"}, "predicts onsite"),
+    ],
+)
+def test_bad_options(run, options, message):
+    with pytest.raises(InputError, match=message):
+        Calculator(run, **options)
+
+
+def test_unknown_element(calculator):
+    with pytest.raises(InputError, match="Au was not in the training data"):
+        energy_with(calculator)(molecule("H2") + ase.Atoms("Au", positions=[[0, 0, 3]]))
+
+
+def structure(positions: np.ndarray, cell: np.ndarray | None = None) -> Structure:
+    periodic = cell is not None
+    box = cell if periodic else np.zeros((3, 3))
+    return Structure(np.ones(len(positions), int), positions, box, np.full(3, periodic), 0, 1)
+
+
+@pytest.mark.parametrize("cell", [None, 6.0 * np.eye(3) + 0.5])
+def test_skin_changes_nothing(cell):
+    rng = np.random.default_rng(5)
+    x = rng.uniform(0, 6, (20, 3))
+    skin = SkinNeighbors(3.0, 0.6)
+    for _ in range(40):
+        x = x + rng.uniform(-0.04, 0.04, x.shape)
+        found = skin.of(structure(x, cell))
+        expected = neighbor_list(x, 3.0, cell, cell is not None)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert 1 < skin.n_searches < 20
+
+
+def test_sizes_grow_by_steps():
+    sizes = {_rounded_up(n) for n in range(1, 1025)}
+    assert len(sizes) <= 8 * 8
+    for n in range(1, 1025):
+        assert n <= _rounded_up(n) <= max(8, n * 9 / 8 + 1)
+
+
+def test_dynamics_compile_once_and_conserve_energy(run):
+    atoms = ethanol()
+    atoms.calc = Calculator(run, dtype="float64")
+    MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
+    dynamics = VelocityVerlet(atoms, 0.1 * units.fs)
+    total = []
+    dynamics.attach(lambda: total.append(atoms.get_total_energy()))
+    dynamics.run(50)
+    assert atoms.calc.compilations == 1
+    assert atoms.calc.neighbors.n_searches < 10
+    kinetic = 1.5 * units.kB * 300
+    assert np.ptp(total) / len(atoms) < 1e-2 * kinetic
