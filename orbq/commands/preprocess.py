@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -195,19 +193,11 @@ def summarise(dataset: Dataset, console: Console) -> None:
 
 def _failures(dataset: Dataset, console: Console) -> None:
     """The most frequent reasons, with one example each."""
-    first: dict[tuple[str, str], str] = {}
-    reasons: Counter[tuple[str, str]] = Counter()
-    for entry in dataset.failures():
-        kind = (entry["kind"], pattern(entry["reason"]))
-        reasons[kind] += 1
-        first.setdefault(kind, f"{entry['file']} frame {entry['frame']}: {entry['reason']}")
-    for kind, number in reasons.most_common(SHOWN):
-        console.print(f"{number:,} {kind[0]}, e.g. {first[kind]}")
-    if reasons:
-        more = f"{len(reasons) - SHOWN} more reasons and " if len(reasons) > SHOWN else ""
+    from orbq.preprocess.summary import failure_patterns
+
+    patterns = failure_patterns(dataset)
+    for (kind, _), (number, example) in list(patterns.items())[:SHOWN]:
+        console.print(f"{number:,} {kind}, e.g. {example}")
+    if patterns:
+        more = f"{len(patterns) - SHOWN} more reasons; " if len(patterns) > SHOWN else ""
         console.print(f"{more}all of them: {dataset.path}/failures.jsonl")
-
-
-def pattern(reason: str) -> str:
-    """A reason without its numbers, so that equal faults are counted together."""
-    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)

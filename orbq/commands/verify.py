@@ -1,0 +1,40 @@
+"""``orbq verify``: whether a data set is still what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orbq.errors import OrbqError
+
+
+def verify(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory of a data set.")],
+) -> None:
+    """Check every file of a data set against its manifest, and the sums of its charges.
+
+    Ends with exit status 1 and names each damaged file and the remedy.
+
+    \b
+    Example:
+      orbq verify datasets/tmc
+    """
+    from orbq.preprocess import store
+    from orbq.preprocess import verify as checks
+
+    manifest = store.read_manifest(dataset)
+    with Console(stderr=True).status("") as status:
+        problems = checks.verify(
+            dataset, lambda name, done, total: status.update(f"{name} ({done + 1}/{total})")
+        )
+    if problems:
+        told = "\n  ".join(problems)
+        raise OrbqError(f"{dataset} is damaged:\n  {told}\n{checks.remedy(dataset, manifest)}")
+    counts = manifest["counts"]
+    Console(soft_wrap=True, highlight=False).print(
+        f"{dataset}: whole; {len(manifest['arrays'])} arrays of {counts['structures']:,} "
+        f"structures, {counts['atoms']:,} atoms"
+    )

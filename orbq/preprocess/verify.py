@@ -1,0 +1,109 @@
+"""Whether a data set is what was written: every byte, every length, the sums of its charges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orbq.errors import InputError
+from orbq.orbitals import atomic_charges
+from orbq.preprocess import store
+from orbq.preprocess.flat import release
+from orbq.preprocess.store import Dataset
+from orbq.schema import FAILURES, FIELDS
+
+BLOCK = 1 << 14  # structures read at a time
+CHARGE_SUM_TOLERANCE = 1e-6  # e; as demanded of each calculation
+
+
+def verify(
+    directory: str | Path, on_file: Callable[[str, int, int], None] = lambda *args: None
+) -> list[str]:
+    """Everything that is wrong with a data set, one message per fault; [] when it is whole.
+
+    Reads every file and compares it with the manifest; then checks offsets, masks, and that the
+    orbital charges of each structure sum to its total charge. on_file(name, done, all) before each.
+    Raises InputError when there is no manifest of this schema version.
+    """
+    path = Path(directory)
+    manifest = store.read_manifest(path)
+    problems: list[str] = []
+    names = [*store.array_names(), FAILURES]
+    for done, name in enumerate(names):
+        on_file(name, done, len(names))
+        problems += _file_problems(path, name, manifest)
+    if problems:
+        return problems
+    try:
+        return list(_value_problems(Dataset.open(path)))
+    except InputError as error:
+        return [str(error)]
+
+
+def remedy(directory: Path, manifest: dict[str, Any]) -> str:
+    """What to do about a damaged data set."""
+    inputs = " ".join(source["name"] for source in manifest["sources"])
+    return (
+        f"copy {directory} again from where it is whole, or delete it and label again: "
+        f"orbq preprocess {inputs} --out {directory} --method {manifest['method']}"
+    )
+
+
+def _file_problems(directory: Path, name: str, manifest: dict[str, Any]) -> Iterator[str]:
+    is_array = name != FAILURES
+    path = store.array_file(directory, name) if is_array else directory / name
+    try:
+        stated = manifest["arrays"][name] if is_array else manifest["failures"]
+    except KeyError:
+        yield f"{directory / 'manifest.json'}: says nothing of {path.name}"
+        return
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    if is_array:
+        dtype, shape = np.dtype(stated["dtype"]), tuple(stated["shape"])
+        header = len(store.npy_header(shape, dtype))
+        wanted = header + dtype.itemsize * int(np.prod(shape, dtype=int))
+        size = path.stat().st_size
+        if size != wanted:
+            kind = "truncated" if size < wanted else "too long"
+            yield f"{path}: {kind}: {size:,} bytes, {wanted:,} stated"
+            return
+    if store.sha256_of(path) != stated["sha256"]:
+        yield f"{path}: its bytes have changed since they were written (SHA-256 differs)"
+
+
+def _value_problems(dataset: Dataset) -> Iterator[str]:
+    offsets = np.asarray(dataset.offsets)
+    atoms = len(dataset["numbers"])
+    if offsets[0] != 0 or offsets[-1] != atoms or np.any(np.diff(offsets) < 1):
+        yield f"{dataset.path / 'offsets.npy'}: does not divide {atoms} atoms into structures"
+        return
+    for name, field in FIELDS.items():
+        rows = atoms if field.per == "atom" else len(dataset)
+        if len(dataset[name]) != rows:
+            length = len(dataset[name])
+            yield f"{store.array_file(dataset.path, name)}: {length} rows, {rows} needed"
+            return
+    yield from _charge_problems(dataset, offsets)
+
+
+def _charge_problems(dataset: Dataset, offsets: np.ndarray) -> Iterator[str]:
+    for start in range(0, len(dataset), BLOCK):
+        bounds = offsets[start : start + BLOCK + 1]
+        onsite = dataset["onsite"][bounds[0] : bounds[-1]]
+        sums = np.add.reduceat(atomic_charges(onsite), bounds[:-1] - bounds[0])
+        rows = slice(start, start + len(bounds) - 1)
+        labelled = dataset.mask("onsite")[rows]
+        surplus = np.where(labelled, sums - dataset["total_charge"][rows], 0.0)
+        wrong = np.flatnonzero(~(np.abs(surplus) < CHARGE_SUM_TOLERANCE))
+        if len(wrong):
+            yield (
+                f"{store.array_file(dataset.path, 'onsite')}: the charges of structure "
+                f"{start + wrong[0]} sum to {surplus[wrong[0]]:+.2e} e more than its total charge"
+            )
+            return
+        release(dataset["onsite"])
