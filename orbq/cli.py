@@ -22,6 +22,7 @@ from orbq.errors import OrbqError
 
 # command -> module; the function there has the command's name. In the order of --help.
 COMMANDS = {
+    "demo": "orbq.commands.demo",
     "preprocess": "orbq.commands.preprocess",
     "train": "orbq.commands.train",
     "doctor": "orbq.commands.doctor",

@@ -18,12 +18,12 @@ from orbq.config import Config, check_against
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.potential import Architecture, Constants
+from orbq.orbitals import SYMBOLS
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
 from orbq.preprocess.references import Fit, References, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
-from orbq.orbitals import SYMBOLS
 from orbq.schema import FIELDS
 from orbq.splits import split
 from orbq.targets import TARGETS, Moments, Statistics, moments, statistics
@@ -268,11 +268,11 @@ def _budget(pools: Mapping[str, Pool], batch_size: float) -> Budget:
 
 
 def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
-    """Packer of a pool with every label the loss or the evaluation may need."""
+    """Packer of a pool with every label of the loss."""
     return Packer(
         pool,
         data.budget,
-        targets=tuple(n for n in data.spec.terms if n in TARGETS),
+        targets=data.spec.terms,
         references=data.references,
         seed=config.training.seed,
         dtype=np.dtype(config.training.precision),

@@ -10,6 +10,6 @@ class OrbqError(Exception):
 
 
 class InputError(OrbqError, ValueError):
-    """Bad input or configuration (exit status 2): names the file, the value, the limit, the remedy."""
+    """Bad input or configuration (exit status 2); names the file, the value, limit and remedy."""
 
     exit_status = 2

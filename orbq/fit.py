@@ -25,7 +25,7 @@ from orbq.config import Config
 from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
 from orbq.errors import InputError, OrbqError
 from orbq.losses import Batch
-from orbq.metrics import add_sums, display_unit, from_sums
+from orbq.metrics import add_sums, from_sums
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
@@ -252,9 +252,9 @@ class _Loop:
         training, p = self.config.training, self.progress
         packer = make_packer(self.data, stage.pool, self.config)
         pending: list[dict[str, jax.Array]] = []
-        with_batches = prefetch(self._batches(stage, packer), 2)
+        batches: Any = prefetch(self._batches(stage, packer), 2)
         try:
-            for epoch, number, batch in with_batches:
+            for epoch, number, batch in batches:
                 if p.step >= stage.n_steps:
                     break
                 state, metrics = step(state, batch, stage.hyper)
@@ -270,7 +270,7 @@ class _Loop:
                 if p.step % training.checkpoint_every == 0 and not last:
                     self._save(state)
         finally:
-            with_batches.close()
+            batches.close()
         return state
 
     def _batches(self, stage: Stage, packer: Packer) -> Iterator[tuple[int, int, Batch]]:
@@ -382,7 +382,9 @@ class _Loop:
             "n_parameters": n_parameters(template),
             "budget": data.budget._asdict(),
             "fill": {k: round(v, 4) for k, v in plan_fill._asdict().items()},
-            "scales": {n: [s, display_unit(n)[0]] for n, s in data.spec.scales.items()},
+            "scales": {
+                n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in data.spec.scales.items()
+            },
             "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         }
         if not (self.directory / RUN_FILE).exists():

@@ -12,10 +12,11 @@ Weights are traced arguments; only their ratios matter to Adam.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jraph
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -31,9 +32,9 @@ class Batch(NamedTuple):
     "<target>" [N, k], each with "<name>/mask" ([M], [N], [N, k]); 0 where the mask is False.
     """
 
-    positions: Array
-    graph: object
-    targets: dict[str, Array]
+    positions: Any
+    graph: jraph.GraphsTuple
+    targets: dict[str, Any]
 
 
 class LossSpec(NamedTuple):
@@ -112,7 +113,9 @@ def error_sums(names: tuple[str, ...], prediction: Prediction, batch: Batch) -> 
         label, mask = batch.targets[name], batch.targets[f"{name}/mask"]
         value = {"energy": prediction.energy, "forces": prediction.forces}.get(name)
         value = prediction.charges[name] if value is None else value
-        mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (label.ndim - mask.ndim)), label.shape)
+        mask = jnp.broadcast_to(
+            mask.reshape(mask.shape + (1,) * (label.ndim - mask.ndim)), label.shape
+        )
         error = jnp.where(mask, value - label, 0.0)
         out[name] = _sums(error, mask)
         if name == "energy":

@@ -33,7 +33,7 @@ def add_sums(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
 
 
 def from_sums(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """``{"energy_mae_meV": ..., "energy_rmse_meV": ..., ...}``; labels without data are left out."""
+    """``{"energy_mae_meV": ..., "energy_rmse_meV": ...}``; labels without data are left out."""
     out = {}
     for name, (absolute, square, count) in sums.items():
         if count == 0:
@@ -49,7 +49,7 @@ def from_sums(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 def column_errors(
     target: str, errors: np.ndarray, mask: np.ndarray, numbers: np.ndarray
 ) -> dict[tuple[int, str], tuple[float, float, int]]:
-    """MAE, RMSE and count per (element, shell) of a per-atom target; key (0, shell) is all elements.
+    """MAE, RMSE and count per (element, shell) of a per-atom target; element 0 is all of them.
 
     errors, mask [n, k]; numbers [n].
     """

@@ -24,7 +24,8 @@ spherical harmonics in e3nn's convention, Geiger and Smidt, arXiv:2207.09453.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from math import factorial
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ class Shells(NamedTuple):
     valence: np.ndarray
 
 
-@lru_cache(maxsize=None)
+@cache
 def shells(method: str = "GFN1-xTB") -> Shells:
     """Shells, masks and reference occupations of ``method`` for every element.
 
@@ -117,15 +118,13 @@ def shells(method: str = "GFN1-xTB") -> Shells:
 def _letters(word: str) -> list[tuple[str, float]]:
     """Split ``"d1s2p0"`` into ``[("d", 1.0), ("s", 2.0), ("p", 0.0)]``."""
     starts = [i for i, c in enumerate(word) if c in "spd"] + [len(word)]
-    return [
-        (word[i], float(word[i + 1 : j])) for i, j in zip(starts[:-1], starts[1:], strict=True)
-    ]
+    return [(word[i], float(word[i + 1 : j])) for i, j in pairwise(starts)]
 
 
 # --------------------------------------------------------------------------- rotations
 
 
-def solid_harmonics(l: int, xyz: np.ndarray) -> np.ndarray:  # noqa: E741 (the field's letter)
+def solid_harmonics(l: int, xyz: np.ndarray) -> np.ndarray:
     """Real spherical harmonics of degree ``l``, orthonormal up to one constant per l.
 
     xyz: [..., 3] unit vectors. Returns [..., 2l+1] in e3nn's component order: the textbook order
@@ -148,7 +147,7 @@ def solid_harmonics(l: int, xyz: np.ndarray) -> np.ndarray:  # noqa: E741 (the f
     return np.stack(out, axis=-1)
 
 
-def rotation_matrix(l: int, rotation: np.ndarray) -> np.ndarray:  # noqa: E741
+def rotation_matrix(l: int, rotation: np.ndarray) -> np.ndarray:
     """The matrix D_l(R), [2l+1, 2l+1], with Y_l(R x) = D_l(R) Y_l(x), for a rotation R [3, 3]."""
     points = np.random.default_rng(l).standard_normal((4 * l + 4, 3))
     points /= np.linalg.norm(points, axis=1, keepdims=True)
@@ -162,7 +161,7 @@ def _random_rotations(n: int) -> np.ndarray:
     return q * np.linalg.det(q)[:, None, None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def coupling(l1: int, l2: int, l3: int) -> np.ndarray:
     """Orthonormal coupling coefficients Q [2l1+1, 2l2+1, 2l3+1] of l1 x l2 -> l3.
 
@@ -198,7 +197,7 @@ class Component(NamedTuple):
     shell: int
     first: int
     second: int
-    l: int  # noqa: E741
+    l: int
     parity: int
     columns: slice
 
@@ -208,7 +207,7 @@ def _components() -> tuple[Component, ...]:
     spec += [(0, 1, 0), (0, 2, 1), (0, 3, 2), (2, 3, 1), (2, 3, 2), (2, 3, 3)]
     cross = {(0, 1): 4, (0, 2): 5, (0, 3): 6, (2, 3): 7}
     out, start = [], 0
-    for a, b, l in spec:  # noqa: E741
+    for a, b, l in spec:
         parity = (-1) ** int(SHELL_L[a] + SHELL_L[b])
         pair = SHELL_NAMES[a] if a == b else f"{SHELL_NAMES[a]}-{SHELL_NAMES[b]}"
         name = f"{pair} {l}{'e' if parity > 0 else 'o'}"
@@ -226,7 +225,7 @@ DENSITY_IRREPS = "4x0e+2x2e+1x4e"
 ONSITE_IRREPS = DENSITY_IRREPS + "+1x0e+1x1o+1x2e+1x1o+1x2o+1x3o"
 
 
-@lru_cache(maxsize=None)
+@cache
 def onsite_basis() -> np.ndarray:
     """[47, 10, 10] matrices whose contraction with a symmetric on-site block gives its components.
 
@@ -244,7 +243,7 @@ def orbital_from_density() -> np.ndarray:
     return np.einsum("ckk->kc", onsite_basis()[:N_DENSITY])
 
 
-@lru_cache(maxsize=None)
+@cache
 def onsite_mask(method: str = "GFN1-xTB") -> np.ndarray:
     """[87, 47] bool: the components that an element has under ``method``."""
     has = shells(method).shell_mask

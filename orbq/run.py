@@ -1,8 +1,8 @@
 """A trained run on disk, and what one does with it: energies, forces, charges of structures.
 
-    run = orbq.load("runs/demo")
-    positions, graph = run.graph(atoms)
-    forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N, 3] eV/Å
+run = orbq.load("runs/demo")
+positions, graph = run.graph(atoms)
+forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N, 3] eV/Å
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from orbq.models.potential import (
     predict,
 )
 from orbq.orbitals import SYMBOLS
-from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.frames import Source
+from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
 from orbq.schema import Structure
@@ -80,7 +80,7 @@ class Run:
         spin of the electron count). Raises InputError for an element the run was not trained on.
         """
         structure = self.structure(atoms)
-        dtype = dtype or jax.tree.leaves(self.params)[0].dtype
+        dtype = dtype or jax.dtypes.canonicalize_dtype(self.config.training.precision)
         cutoff = self.potential.architecture.cutoff
         edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
         n = len(structure.numbers)
@@ -121,13 +121,23 @@ class Run:
         """Atomic numbers the run was trained on."""
         return self.potential.constants.elements
 
-    def reference_energy(self, structure: Structure) -> float:
-        """What is added to the network's energy, eV (float64)."""
-        return float(
-            self.references["energy"].of(structure.numbers, structure.total_charge)
-            if "energy" in self.references
-            else 0.0
-        )
+    def reference_energy(self, structure: Structure, label: str = "energy") -> float:
+        """What is added to the network's ``label`` ("energy" or "xtb_energy"), eV (float64).
+
+        Raises InputError for an element whose reference energy is not known: one that only
+        structures without this label taught.
+        """
+        if label not in self.references:
+            return 0.0
+        references = self.references[label]
+        unknown = sorted({z for z in structure.numbers.tolist() if not references.known[z]})
+        if unknown:
+            raise InputError(
+                f"no {label} can be predicted for {', '.join(SYMBOLS[z] for z in unknown)}: no "
+                f"training structure with it had {label}; give data.references for it and train "
+                "again"
+            )
+        return float(references.of(structure.numbers, structure.total_charge))
 
     @cached_property
     def _predict(self) -> Any:
@@ -139,7 +149,7 @@ class Run:
         return jax.jit(evaluate)
 
     def predict(self, atoms: Atoms | Structure) -> dict[str, Any]:
-        """Total energy (eV, references included), forces [N, 3] (eV/Å) and charges of a structure."""
+        """Total energy (eV, with references), forces [N, 3] (eV/Å), charges of a structure."""
         structure = self.structure(atoms)
         positions, graph = self.graph(structure)
         out = self._predict(self.params, positions, graph)
@@ -190,7 +200,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         version = info["run_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{directory} is not a run directory ({path.name}: {error}); train one with `orbq train`"
+            f"{directory} is not a run directory ({path.name}: {error}); make one with `orbq train`"
         ) from error
     if version != RUN_VERSION:
         raise InputError(

@@ -171,9 +171,9 @@ class Statistics(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums behind ``Statistics``, added up chunk by chunk: count, first and second [87, k]."""
+    """Sums behind ``Statistics``, added up chunk by chunk: number, first and second [87, k]."""
 
-    count: np.ndarray
+    number: np.ndarray
     first: np.ndarray
     second: np.ndarray
 
@@ -199,7 +199,7 @@ def statistics(target: Target, sums: Moments) -> Statistics:
     for shell in range(len(target.shell_names)):
         columns = np.flatnonzero(target.shell == shell)
         means = columns[target.has_mean[columns]]
-        n_mean, n_all = sums.count[:, means].sum(1), sums.count[:, columns].sum(1)
+        n_mean, n_all = sums.number[:, means].sum(1), sums.number[:, columns].sum(1)
         mu = sums.first[:, means].sum(1) / np.maximum(n_mean, 1)
         mean[:, means] = mu[:, None]
         total = sums.second[:, columns].sum(1) - n_mean * mu**2

@@ -41,8 +41,8 @@ class Hyper(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """params: trained. ema: their exponential moving average, used for evaluation. optimizer: Adam's
-    moments. step: updates made, int32."""
+    """params: trained. ema: their exponential moving average, used for evaluation.
+    optimizer: Adam's moments. step: updates made, int32."""
 
     params: Params
     ema: Params
@@ -79,12 +79,12 @@ def make_train_step(
     """One Adam update on one batch; metrics: the loss, its terms, the gradient norm, the rate."""
     targets = needed_targets(spec.terms)
 
-    def loss_fn(params: Params, batch: Batch, weights: dict[str, Array]):
+    def loss_fn(params: Params, batch: Batch, weights: dict[str, Array]) -> Any:
         prediction = predict(potential, params, batch.positions, batch.graph, targets)
         terms = loss_terms(spec, prediction, batch)
         return total_loss(weights, terms), terms
 
-    def step(state: TrainState, batch: Batch, hyper: Hyper):
+    def step(state: TrainState, batch: Batch, hyper: Hyper) -> Any:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, terms), gradient = grad_fn(state.params, batch, hyper.weights)
         norm = optax.global_norm(gradient)

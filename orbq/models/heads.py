@@ -86,7 +86,7 @@ class EquivariantColumns(nn.Module):
                 found.append(self._product(features, a, b, ir.l))
         return jnp.concatenate(found, axis=-1) if found else None
 
-    def _product(self, features: Array, a: int, b: int, l: int) -> Array:  # noqa: E741
+    def _product(self, features: Array, a: int, b: int, l: int) -> Array:
         channels = features.shape[-1]
         sides = []
         for side, degree in (("left", a), ("right", b)):

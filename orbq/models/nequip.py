@@ -48,7 +48,7 @@ class Features(NamedTuple):
     geometry: Geometry
 
 
-def degree_slice(l: int) -> slice:  # noqa: E741
+def degree_slice(l: int) -> slice:
     """Rows of degree l in a feature array."""
     return slice(l * l, (l + 1) ** 2)
 
@@ -69,7 +69,7 @@ class DegreeLinear(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "N D C"]) -> Float[Array, "N D C2"]:
-        n, rows, channels = features.shape
+        _, rows, channels = features.shape
         out = []
         for l in range(round(rows**0.5)):
             weight = self.param(
@@ -101,7 +101,9 @@ class RadialWeights(nn.Module):
             h = h @ (weight.astype(dtype) / h.shape[1] ** 0.5)
             if n == 0:
                 pair = [
-                    self.param(f"species_{side}", nn.initializers.normal(0.3), (self.n_species, width))
+                    self.param(
+                        f"species_{side}", nn.initializers.normal(0.3), (self.n_species, width)
+                    )
                     for side in ("sender", "receiver")
                 ]
                 sender, receiver = (p.astype(dtype)[geometry.species] for p in pair)
@@ -131,7 +133,9 @@ class Interaction(nn.Module):
         weights = RadialWeights(len(table), channels, self.radial_hidden, self.n_species)(geometry)
         harmonics = geometry.harmonics[:, : (self.lmax_edge + 1) ** 2]
         messages = edge_tensor_product(features[geometry.senders], harmonics, weights, table)
-        scale = {l: (sum(p.l3 == l for p in table) * self.avg_num_neighbors) ** -0.5 for l in self.l_out}
+        scale = {
+            l: (sum(p.l3 == l for p in table) * self.avg_num_neighbors) ** -0.5 for l in self.l_out
+        }
         factor = jnp.array([scale[l] for l in sorted(self.l_out) for _ in range(2 * l + 1)])
         summed = jax.ops.segment_sum(messages, geometry.receivers, n, indices_are_sorted=True)
         return summed * factor.astype(features.dtype)[:, None]
@@ -167,16 +171,21 @@ class Layer(nn.Module):
             "species", nn.initializers.normal(0.3), (self.n_species, kept.shape[-1])
         ).astype(features.dtype)[geometry.species]
         residual = DegreeLinear(self.n_channels, name="residual")(kept * (1 + species[:, None]))
-        mixed = jnp.concatenate(
-            [mixed[:, : kept.shape[1]] + residual, mixed[:, kept.shape[1] :]], axis=1
-        ) * 2**-0.5
+        mixed = (
+            jnp.concatenate(
+                [mixed[:, : kept.shape[1]] + residual, mixed[:, kept.shape[1] :]], axis=1
+            )
+            * 2**-0.5
+        )
         return self._gate(mixed)
 
     def _gate(self, features: Float[Array, "N D C"]) -> Float[Array, "N D C"]:
         scalars = features[:, 0]
         out = [jax.nn.silu(scalars)[:, None] * 1.6]
         if self.lmax_out:
-            gates = nn.Dense(self.lmax_out * self.n_channels, name="gates", dtype=scalars.dtype)(scalars)
+            gates = nn.Dense(self.lmax_out * self.n_channels, name="gates", dtype=scalars.dtype)(
+                scalars
+            )
             gates = 2 * jax.nn.sigmoid(gates).reshape(-1, self.lmax_out, self.n_channels)
             out += [
                 features[:, degree_slice(l)] * gates[:, None, l - 1]
@@ -233,7 +242,9 @@ class NequIP(nn.Module):
             scalars.append(features[:, 0])
         return Features(tuple(scalars), equivariant, geometry)
 
-    def geometry(self, vectors, species, senders, receivers) -> Geometry:
+    def geometry(
+        self, vectors: Array, species: Array, senders: Array, receivers: Array
+    ) -> Geometry:
         """Harmonics and radial basis of every edge."""
         distance = safe_norm(vectors)
         unit = vectors / distance[:, None]

@@ -87,7 +87,7 @@ class EnergyReadout(nn.Module):
 
     @nn.compact
     def __call__(self, scalars: tuple[Array, ...]) -> Float[Array, " N"]:
-        total = 0.0
+        total = jnp.zeros(scalars[0].shape[0], scalars[0].dtype)
         for n, s in enumerate(scalars):
             if n == len(scalars) - 1:
                 s = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=s.dtype)(s))
@@ -101,7 +101,9 @@ class _Network(nn.Module):
     constants: Constants
 
     @nn.compact
-    def __call__(self, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...]):
+    def __call__(
+        self, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...]
+    ) -> tuple[Array, dict[str, Array]]:
         arch, const, dtype = self.architecture, self.constants, positions.dtype
         numbers = graph.nodes["numbers"]
         n_structures = graph.n_node.shape[0]
@@ -170,7 +172,8 @@ def make_potential(architecture: Architecture, constants: Constants) -> Potentia
     def apply(
         params: Params, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...] = ()
     ) -> tuple[Array, dict[str, Array]]:
-        return network.apply({"params": params}, positions, graph, targets)
+        found: Any = network.apply({"params": params}, positions, graph, targets)
+        return found
 
     return Potential(init, apply, architecture, constants)
 
@@ -205,7 +208,7 @@ def predict(
     """
     heads = tuple(sorted({"xtb_energy" if t.startswith("xtb_") else t for t in targets}))
 
-    def energies(x: Array):
+    def energies(x: Array) -> Any:
         energy, out = potential.apply(params, x, graph, heads)
         second = out.get("xtb_energy", jnp.zeros((), energy.dtype))
         return (energy.sum(), second.sum()), (energy, out)

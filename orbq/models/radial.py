@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def polynomial_cutoff(distance: Float[Array, " E"], cutoff: float, p: int = 6) -> Float[Array, " E"]:
+def polynomial_cutoff(
+    distance: Float[Array, " E"], cutoff: float, p: int = 6
+) -> Float[Array, " E"]:
     """Envelope u(d): u(0) = 1, u = u' = u'' = 0 at the cutoff, 0 beyond.
 
     u(x) = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), x = d / cutoff.

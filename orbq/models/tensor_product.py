@@ -20,9 +20,9 @@ Features have one parity per degree, (-1)^l; paths with odd l1 + l2 + l3 do not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import e3nn_jax as e3nn
 import jax
@@ -54,7 +54,7 @@ def paths(lmax_in: int, lmax_edge: int, l_out: Sequence[int]) -> tuple[Path, ...
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def coupling(path: Path) -> np.ndarray:
     """Q [2l1+1, 2l2+1, 2l3+1], sum_ij Q_ijk^2 = 1 for every k; e3nn's Clebsch-Gordan table."""
     with jax.ensure_compile_time_eval():
@@ -72,7 +72,7 @@ class Term(NamedTuple):
     value: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def terms(path_table: tuple[Path, ...]) -> tuple[Term, ...]:
     """The non-zero coefficients of all paths, with output rows numbered in order of l_out."""
     degrees = sorted({path.l3 for path in path_table})
@@ -100,7 +100,7 @@ def _sum_by(rows: dict[int, dict[int, list]], outer: list, n: int) -> list:
     return out
 
 
-def _add(values):
+def _add(values: Iterable[Array]) -> Array | None:
     total = None
     for v in values:
         total = v if total is None else total + v
@@ -135,12 +135,14 @@ def _form(*args: Array, table: tuple[Path, ...], open_slot: str, sizes: tuple[in
 form_p = Primitive("orbq_edge_form")
 
 
-def _bind(open_slot: str, slots: dict[str, Array], table, sizes) -> Array:
+def _bind(open_slot: str, slots: dict[str, Array], params: dict[str, Any]) -> Array:
     args = [slots[s] for s in SLOTS if s != open_slot]
-    return form_p.bind(*args, table=table, open_slot=open_slot, sizes=sizes)
+    return form_p.bind(*args, **{**params, "open_slot": open_slot})
 
 
-def _abstract(*args, table, open_slot, sizes):
+def _abstract(
+    *args: Any, table: tuple[Path, ...], open_slot: str, sizes: tuple[int, ...]
+) -> jax.core.ShapedArray:
     edges, channels = args[0].shape[0], args[1 if open_slot == "x" else 0].shape[-1]
     if open_slot == "x":
         channels = args[-1].shape[-1]
@@ -149,8 +151,8 @@ def _abstract(*args, table, open_slot, sizes):
     return jax.core.ShapedArray(shape, args[0].dtype)
 
 
-def _jvp_rule(position: int):
-    def rule(tangent, *primals, **params):
+def _jvp_rule(position: int) -> Callable[..., Array]:
+    def rule(tangent: Array, *primals: Array, **params: Any) -> Array:
         args = list(primals)
         args[position] = tangent
         return form_p.bind(*args, **params)
@@ -158,19 +160,18 @@ def _jvp_rule(position: int):
     return rule
 
 
-def _transpose(cotangent, *args, table, open_slot, sizes):
+def _transpose(cotangent: Any, *args: Any, **params: Any) -> list[Any]:
+    open_slot = params["open_slot"]
     names = [s for s in SLOTS if s != open_slot]
     missing = [ad.is_undefined_primal(a) for a in args]
     if type(cotangent) is ad.Zero:
         return [ad.Zero(a.aval) if m else None for a, m in zip(args, missing, strict=True)]
     slots = {s: a for s, a, m in zip(names, args, missing, strict=True) if not m}
     slots[open_slot] = cotangent
-    return [
-        _bind(s, slots, table, sizes) if m else None for s, m in zip(names, missing, strict=True)
-    ]
+    return [_bind(s, slots, params) if m else None for s, m in zip(names, missing, strict=True)]
 
 
-def _batch(args, dims, **params):
+def _batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple[Array, int]:
     """A batch axis is folded into the edge axis."""
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     moved = [
@@ -203,6 +204,4 @@ def edge_tensor_product(
     degrees = sorted({p.l3 for p in path_table})
     n_out = sum(2 * l3 + 1 for l3 in degrees)
     sizes = (features.shape[1], harmonics.shape[1], len(path_table), n_out)
-    return form_p.bind(
-        features, harmonics, weights, table=path_table, open_slot="g", sizes=sizes
-    )
+    return form_p.bind(features, harmonics, weights, table=path_table, open_slot="g", sizes=sizes)
