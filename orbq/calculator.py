@@ -25,14 +25,16 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbq.errors import InputError
+from orbq.inference import atomic_charges
 from orbq.models.potential import predict
 from orbq.models.strain import predict_stress
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES
 from orbq.run import Run, load
 from orbq.schema import Structure
-from orbq.targets import CHARGE_TARGETS, TARGETS
+from orbq.targets import CHARGE_TARGETS
 
+IMPLEMENTED = ("energy", "free_energy", "forces", "stress")
 DTYPES = ("float32", "float64")
 _STEPS = 8  # capacities per doubling: at most 1/8 of an array is padding
 _HEADROOM = 1.05  # edges come and go in dynamics by a few per cent
@@ -54,8 +56,8 @@ class Calculator(AseCalculator):
     target that the run lacks.
     """
 
-    implemented_properties = ("energy", "free_energy", "forces", "stress", "charges")
-    ignored_changes = frozenset({"initial_charges", "initial_magmoms"})
+    implemented_properties = [*IMPLEMENTED, "charges"]  # noqa: RUF012 (ASE's own form)
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
     name = "orbq"
 
     def __init__(
@@ -70,7 +72,7 @@ class Calculator(AseCalculator):
         self.dtype = _checked_dtype(dtype or self.run.config.training.precision)
         self.charge_target = _charge_target(self.run, charge_target)
         if self.charge_target is None:
-            self.implemented_properties = self.implemented_properties[:-1]
+            self.implemented_properties = list(IMPLEMENTED)
         self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
         self.compilations = 0
         self._capacity = Capacity(0, 0)
@@ -100,17 +102,19 @@ class Calculator(AseCalculator):
         charges without a charge target or the stress of a structure that is not a crystal.
         """
         super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None  # super() has set it
         structure = self.run.structure(self.atoms)
         wanted = set(properties)
         if "charges" in wanted:
             self._charges(structure)
-        if "stress" in wanted and not structure.pbc.all():
+        crystal = bool(structure.pbc.all())
+        if "stress" in wanted and not crystal:
             raise PropertyNotImplementedError(
                 f"stress needs a structure that is periodic in all directions, pbc is "
                 f"{structure.pbc.tolist()}"
             )
         if wanted - {"charges"}:
-            self._with_stress = (self._with_stress or "stress" in wanted) and structure.pbc.all()
+            self._with_stress = crystal and (self._with_stress or "stress" in wanted)
             self._energy(structure)
 
     # ------------------------------------------------------------------ calculations
@@ -135,8 +139,8 @@ class Calculator(AseCalculator):
                 f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
             )
         values = np.asarray(self._call("charges", structure), np.float64)
-        weights = TARGETS[self.charge_target].charge
-        self.results["charges"] = (values @ weights)[: len(structure.numbers)]
+        charges = atomic_charges(self.charge_target, values)
+        self.results["charges"] = charges[: len(structure.numbers)]
 
     def _call(self, name: str, structure: Structure) -> Any:
         edges = self.neighbors.of(structure)
@@ -149,7 +153,7 @@ class Calculator(AseCalculator):
             return jax.device_get(self._compiled[name](self._params, *inputs))
 
     def _compile(self, name: str) -> Callable[..., Any]:
-        potential, target = self.run.potential, self.charge_target
+        potential, target = self.run.potential, self.charge_target or ""
 
         def program(params: Any, positions: Any, graph: jraph.GraphsTuple, cell: Any) -> Any:
             self.compilations += 1

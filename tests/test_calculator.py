@@ -10,12 +10,12 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
+from tiny_run import random_run
 
 from orbq.calculator import Calculator, SkinNeighbors, _rounded_up
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.schema import Structure
-from tiny_run import random_run
 
 
 @pytest.fixture(scope="module")

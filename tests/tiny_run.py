@@ -31,11 +31,13 @@ MODEL: dict[str, Any] = {
 ELEMENTS = (1, 6, 7, 8, 22)
 
 
-def random_run(targets: Sequence[str] = ("onsite",), seed: int = 0, **model: Any) -> Run:
-    """A run with random float32 parameters that knows H, C, N, O and Ti."""
+def random_run(
+    targets: Sequence[str] = ("onsite",), elements: Sequence[int] = ELEMENTS, **model: Any
+) -> Run:
+    """A run with random float32 parameters."""
     weights = dict.fromkeys(targets, 1.0)
     config = parse_config({"model": {**MODEL, **model}, "loss": {"weights": weights}})
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     statistics = {
         name: Statistics(
             rng.normal(size=(MAX_Z + 1, TARGETS[name].k)) * TARGETS[name].has_mean,
@@ -44,11 +46,11 @@ def random_run(targets: Sequence[str] = ("onsite",), seed: int = 0, **model: Any
         for name in targets
         if not name.startswith("xtb_")
     }
-    constants = Constants(ELEMENTS, 5.0, 8.0, statistics)
+    constants = Constants(tuple(elements), 5.0, 8.0, statistics)
     potential = make_potential(architecture_of(config), constants)
-    params = potential.init(jax.random.key(seed), *_smallest_graph(np.float32))
+    params = potential.init(jax.random.key(0), *_smallest_graph(np.float32))
     element = np.zeros(MAX_Z + 1)
-    element[list(ELEMENTS)] = -10.0 * np.array(ELEMENTS)
+    element[list(elements)] = -10.0 * np.array(elements)
     energies = References(element, 1.5, True, element != 0)
     return Run(potential, params, config, {"energy": energies}, {"data": []})
 

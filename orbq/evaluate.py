@@ -1,0 +1,374 @@
+"""Errors of a trained run on the structures of a data set.
+
+Every structure is predicted once, in packed batches; labels stay in float64 and are compared with
+total predictions (reference energies included). A label that a structure lacks is masked. Charges
+that follow from a target the run predicts are scored too (orbital, shell and atomic charges from
+the on-site block), so that runs with different targets can be compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orbq import inference
+from orbq.data import split_of
+from orbq.errors import InputError
+from orbq.inference import BatchPredictor, budget_of, predict_pool
+from orbq.metrics import column_errors, display_unit, from_sums
+from orbq.models.potential import Prediction
+from orbq.orbitals import MAX_Z, SYMBOLS
+from orbq.preprocess.flat import ragged_rows
+from orbq.preprocess.pack import PackedBatch
+from orbq.preprocess.pool import Part, Pool
+from orbq.preprocess.store import Dataset
+from orbq.run import Run
+from orbq.schema import FIELDS
+from orbq.splits import PARTS
+from orbq.targets import CHARGE_TARGETS, TARGETS
+
+ALL = "all"
+ENERGIES = ("energy", "xtb_energy")
+FORCES = ("forces", "xtb_forces")
+# charges that follow from others, by what turns values [n, k] of a target into them
+DERIVED: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
+    "orbital": inference.orbital_charges,
+    "shell": inference.shell_charges,
+    "atomic": lambda target, values: inference.atomic_charges(target, values)[:, None],
+}
+
+
+class Values(NamedTuple):
+    """One label of every structure or atom: what was predicted, what is true.
+
+    predicted, label: [S] (energies, total), [A, 3] (forces) or [A, k], float64, in eV, eV/Å, e.
+    mask: the same shape, bool; the label is 0 where False. source: target it was computed from, ""
+    if it was predicted as such.
+    """
+
+    predicted: np.ndarray
+    label: np.ndarray
+    mask: np.ndarray
+    source: str = ""
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Predicted minus label, 0 where there is no label."""
+        return np.where(self.mask, self.predicted - self.label, 0.0)
+
+
+class Cost(NamedTuple):
+    """seconds: wall time, compilation included. compilations: of the program. edge_fill: real over
+    padded edges."""
+
+    seconds: float
+    compilations: int
+    edge_fill: float
+
+
+class Evaluation(NamedTuple):
+    """Predictions and labels of S structures with A atoms, one after another.
+
+    rows: [S] structures of the data set. n_node: [S] atoms of each. numbers: [A]. references: [S]
+    reference energies that are part of the predicted energies, eV. values: by label. left_out:
+    structures with elements that the run does not know, {symbol: number of structures}; n_left_out:
+    how many they are. cost: what it took.
+    """
+
+    rows: np.ndarray
+    n_node: np.ndarray
+    numbers: np.ndarray
+    references: np.ndarray
+    values: dict[str, Values]
+    left_out: dict[str, int]
+    n_left_out: int
+    cost: Cost
+
+    def errors(self) -> dict[str, float]:
+        """MAE and RMSE of every label: ``{"energy_mae_meV": ..., "energy_rmse_meV": ..., ...}``."""
+        sums = {}
+        for name, values in self.values.items():
+            sums[name] = _sums(values.errors, values.mask)
+            if name == "energy":
+                sums["energy_per_atom"] = _sums(values.errors / self.n_node, values.mask)
+        return from_sums(sums)
+
+    def by_element(self, name: str) -> dict[tuple[str, str], dict[str, float]]:
+        """Errors of a per-atom label by (element symbol, shell), in the unit of ``errors``.
+
+        The symbol is "" for all elements together; the shell of forces is "". Each value has
+        "mae", "rmse" and "count".
+        """
+        values, factor = self.values[name], display_unit(name)[1]
+        if name in FORCES:
+            found = _force_errors(values, self.numbers)
+        else:
+            found = column_errors(name, values.errors, values.mask, self.numbers)
+        return {
+            (SYMBOLS[z] if z else "", shell): {
+                "mae": mae * factor,
+                "rmse": rmse * factor,
+                "count": count,
+            }
+            for (z, shell), (mae, rmse, count) in found.items()
+        }
+
+    @property
+    def per_atom(self) -> tuple[str, ...]:
+        """The labels that ``by_element`` takes."""
+        return tuple(name for name in self.values if name not in ENERGIES)
+
+
+def _sums(errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.array([np.abs(errors).sum(), np.square(errors).sum(), mask.sum()])
+
+
+def _force_errors(
+    values: Values, numbers: np.ndarray
+) -> dict[tuple[int, str], tuple[float, float, int]]:
+    out = {}
+    for z in [0, *np.unique(numbers).tolist()]:
+        atoms = values.mask[:, 0] if z == 0 else values.mask[:, 0] & (numbers == z)
+        if atoms.any():
+            e = values.errors[atoms]
+            out[z, ""] = (float(np.abs(e).mean()), float(np.sqrt(np.mean(e**2))), e.size)
+    return out
+
+
+# --------------------------------------------------------------------------- which structures
+
+
+def is_own(run: Run, dataset: Dataset) -> bool:
+    """Whether ``run`` was trained on this very data set: the arrays have the same SHA-256."""
+    trained_on = run.info.get("data") or [{}]
+    return bool(trained_on[0].get("arrays") == dataset.manifest["arrays"])
+
+
+def split_rows(run: Run, dataset: Dataset, split: str | None = None) -> tuple[str, np.ndarray]:
+    """Name and structures of a part of a data set: "train", "validation", "test" or "all".
+
+    split: None for "test" if the run was trained on this data set, else "all".
+    Raises InputError for another name, for a part of a data set that is not the run's own, and for
+    a part without structures.
+    """
+    own = is_own(run, dataset)
+    name = split or ("test" if own else ALL)
+    if name not in (*PARTS, ALL):
+        raise InputError(f"split {name!r}: give one of {', '.join((*PARTS, ALL))}")
+    if name == ALL:
+        return name, np.arange(len(dataset))
+    if not own:
+        trained_on = run.info.get("data") or [{}]
+        raise InputError(
+            f"the run was not trained on {dataset.path} but on {trained_on[0].get('path', '?')}, "
+            f"and only that is divided into training and test: use split {ALL!r}"
+        )
+    rows = split_of(run.config, dataset)[name]
+    if len(rows) == 0:
+        raise InputError(
+            f"the {name} split of {dataset.path} is empty (data.{name}_fraction of the run's "
+            f"configuration): use split {ALL!r} or another data set"
+        )
+    return name, rows
+
+
+def _known(run: Run, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """[n] bool: structures whose elements the run knows; {symbol: structures} of the others."""
+    table = np.zeros(MAX_Z + 1, bool)
+    table[list(run.elements)] = True
+    for references in run.references.values():
+        table &= references.known
+    offsets, n_node = np.asarray(dataset["offsets"]), dataset.n_atoms[rows]
+    atoms = ragged_rows(offsets[rows], n_node)
+    numbers = np.asarray(dataset["numbers"][atoms])
+    structure = np.repeat(np.arange(len(rows)), n_node)
+    strange = ~table[numbers]
+    known = np.bincount(structure[strange], minlength=len(rows)) == 0
+    pairs = np.unique(np.stack([numbers[strange], structure[strange]]), axis=1)
+    which, count = np.unique(pairs[0], return_counts=True)
+    return known, {SYMBOLS[z]: int(n) for z, n in zip(which, count, strict=True)}
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    run: Run,
+    dataset: Dataset,
+    indices: np.ndarray | None = None,
+    targets: Sequence[str] | None = None,
+    batch_size: float = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Predict structures of a data set and compare them with their labels.
+
+    indices: [n] structures, None for all (see ``split_rows``). targets: labels to compare, "energy",
+    "forces" and targets the run has a head for; None for all that it was trained on and the data
+    has. batch_size: structures a batch on average. progress: called with (done, all structures).
+
+    Raises InputError for a target that the run does not predict, when no label is left, or when
+    every structure holds an element that the run does not know.
+    """
+    started = time.monotonic()
+    rows = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
+    known, left_out = _known(run, dataset, rows)
+    if not known.any():
+        raise InputError(
+            f"none of the {len(rows)} structures of {dataset.path} can be evaluated: they hold "
+            f"{', '.join(left_out)}, the run knows {', '.join(SYMBOLS[z] for z in run.elements)}"
+        )
+    names = _labels(run, dataset, rows[known], targets)
+    heads = tuple(name for name in names if name in TARGETS)
+    pool = Pool([Part(dataset, rows[known])], run.potential.architecture.cutoff)
+    predictor = BatchPredictor(run, heads)
+    budget = budget_of(pool, batch_size)
+    collected = _Collected(run, pool, names)
+    n_edges, n_batches = 0, 0
+    for packed, out in predict_pool(predictor, pool, budget):
+        collected.put(packed, out)
+        n_edges, n_batches = (
+            n_edges + int(pool.n_edges[packed.index[packed.mask]].sum()),
+            n_batches + 1,
+        )
+        if progress is not None:
+            progress(collected.done, len(pool))
+    return Evaluation(
+        rows=rows[known],
+        n_node=pool.n_nodes.astype(np.int64),
+        numbers=collected.numbers,
+        references=collected.references["energy"],
+        values=collected.values(),
+        left_out=left_out,
+        n_left_out=int((~known).sum()),
+        cost=Cost(
+            time.monotonic() - started,
+            predictor.compilations,
+            n_edges / max(n_batches * budget.n_edge, 1),
+        ),
+    )
+
+
+def _labels(
+    run: Run, dataset: Dataset, rows: np.ndarray, wanted: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Labels to compare. Raises InputError as ``evaluate`` does."""
+    weights = run.config.loss.weights
+    heads = [name for name, _ in run.potential.architecture.heads]
+    trained = ["energy"] if weights.energy > 0 else []
+    trained += ["forces"] if weights.energy > 0 or weights.forces > 0 else []
+    possible = [*trained, *heads]
+    for name in wanted or ():
+        if name not in possible:
+            raise InputError(
+                f"{name!r} cannot be evaluated: the run was trained to predict "
+                f"{', '.join(possible)}"
+            )
+    found = [n for n in (wanted or possible) if _labelled(dataset, rows, n).any()]
+    missing = [n for n in (wanted or ()) if n not in found]
+    if missing or not found:
+        raise InputError(
+            f"none of the {len(rows)} structures of {dataset.path} has a label of "
+            f"{', '.join(missing or possible)}: use another data set, or `orbq predict` for "
+            "predictions without labels"
+        )
+    return tuple(found)
+
+
+def _labelled(dataset: Dataset, rows: np.ndarray, name: str) -> np.ndarray:
+    """[n] bool: which structures carry a label."""
+    fields = (name,) if name in FIELDS else TARGETS[name].fields
+    return np.logical_and.reduce([np.asarray(dataset.mask(f))[rows] for f in fields])
+
+
+class _Collected:
+    """Predictions of a pool, filled in batch by batch."""
+
+    def __init__(self, run: Run, pool: Pool, names: tuple[str, ...]) -> None:
+        self.run, self.pool, self.names, self.done = run, pool, names, 0
+        self.dataset, self.rows = pool.parts[0].dataset, pool.rows[0]
+        n_node = pool.n_nodes.astype(np.int64)
+        self.starts = np.cumsum(n_node) - n_node
+        offsets = np.asarray(self.dataset.arrays["offsets"])
+        self.atoms = ragged_rows(offsets[self.rows], n_node)
+        self.numbers = np.asarray(self.dataset.arrays["numbers"][self.atoms])
+        self.references = {n: self._references(n) for n in ("energy", *names) if n in ENERGIES}
+        self.predicted = {n: np.zeros(self._shape(n)) for n in names}
+
+    def _references(self, name: str) -> np.ndarray:
+        charge = np.asarray(self.dataset.arrays["total_charge"][self.rows])
+        if name not in self.run.references:
+            return np.zeros(len(self.rows))
+        return self.run.references[name].of_many(self.numbers, self.pool.n_nodes, charge)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in ENERGIES:
+            return (len(self.rows),)
+        return (len(self.atoms), 3 if name in FORCES else TARGETS[name].k)
+
+    def put(self, packed: PackedBatch, out: Prediction) -> None:
+        """Take the real structures of a batch."""
+        items, n = packed.index[packed.mask], packed.n_node[packed.mask]
+        nodes, m = ragged_rows(self.starts[items], n), len(items)
+        for name, target in self.predicted.items():
+            values = np.asarray({"energy": out.energy, "forces": out.forces, **out.charges}[name])
+            if name in ENERGIES:
+                target[items] = values[:m] + self.references[name][items]
+            else:
+                target[nodes] = values[: len(nodes)]
+        self.done += m
+
+    def values(self) -> dict[str, Values]:
+        """Everything predicted beside its labels, and the charges that follow from it."""
+        out = {n: self._compared(n, p) for n, p in self.predicted.items()}
+        for source in [n for n in self.predicted if n in CHARGE_TARGETS and n != "dft"]:
+            for name, derive in DERIVED.items():
+                derived = None if name in out else derive(source, self.predicted[source])
+                if derived is not None:
+                    out[name] = self._compared(name, derived)._replace(source=source)
+        return out
+
+    def _compared(self, name: str, predicted: np.ndarray) -> Values:
+        labelled = _labelled(self.dataset, self.rows, name)  # type: ignore[arg-type]
+        arrays: Mapping[str, Any] = self.dataset.arrays
+        if name in ENERGIES:
+            label, mask = np.asarray(arrays[name][self.rows], np.float64), labelled
+        else:
+            mask = np.repeat(labelled, self.pool.n_nodes)
+            if name in FORCES:
+                label = np.asarray(arrays[name][self.atoms], np.float64)
+                mask = np.repeat(mask[:, None], 3, axis=1)
+            else:
+                label = TARGETS[name].extract(arrays, self.atoms)
+                mask = TARGETS[name].mask(self.numbers, mask)
+        return Values(predicted, np.where(mask, label, 0.0), mask)
+
+
+def report(evaluation: Evaluation, facts: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
+    """The evaluation as a JSON object: errors, errors by element and shell, counts, cost.
+
+    facts: what stands before them, such as the names of the run and the data set.
+    """
+    by_element: dict[str, Any] = {}
+    for name in evaluation.per_atom:
+        unit = display_unit(name)[0]
+        table: dict[str, Any] = {}
+        for (symbol, shell), errors in evaluation.by_element(name).items():
+            table.setdefault(symbol or "all", {})[shell or "all"] = errors
+        by_element[name] = {"unit": unit, "errors": table}
+    return {
+        **dict(facts),
+        "structures": len(evaluation.rows),
+        "atoms": int(evaluation.n_node.sum()),
+        "left_out": {"structures": evaluation.n_left_out, "elements": evaluation.left_out},
+        "labels": {
+            name: int(v.mask.any(-1).sum() if v.mask.ndim > 1 else v.mask.sum())
+            for name, v in evaluation.values.items()
+        },
+        "derived": {name: v.source for name, v in evaluation.values.items() if v.source},
+        "errors": evaluation.errors(),
+        "by_element": by_element,
+        "cost": evaluation.cost._asdict(),
+    }

@@ -1,0 +1,188 @@
+"""Predictions of many structures: packed batches of one shape, so that little is compiled.
+
+``predict_pool`` runs over the structures of data sets, ``predict_structures`` over a stream of
+structures of any length, in constant memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from orbq import orbitals
+from orbq.data import to_batch
+from orbq.fit import Counted
+from orbq.models.potential import Params, Prediction, predict
+from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
+from orbq.preprocess.pool import Part, Pool
+from orbq.preprocess.prefetch import prefetch
+from orbq.run import Run
+from orbq.schema import Structure
+from orbq.targets import TARGETS
+
+CHUNK_BATCHES = 16  # batches per chunk of a stream: enough to pack well, little to hold
+_GROWTH = 1.25  # of a budget that a later chunk of a stream does not fit
+
+RESOLVED = ("onsite", "density", "orbital")  # targets that hold the ten orbital charges
+
+
+class Predicted(NamedTuple):
+    """Predictions of one structure of n atoms.
+
+    energy: total, reference energies included, eV (float64). forces: [n, 3] eV/Å. targets: per
+    asked-for target [n, k] in its unit ("xtb_energy": a float, total).
+    """
+
+    energy: float
+    forces: np.ndarray
+    targets: dict[str, Any]
+
+
+class BatchPredictor:
+    """A run's compiled program for packed batches.
+
+    targets: what is predicted beside energies and forces, names of the run's heads.
+    """
+
+    def __init__(self, run: Run, targets: Sequence[str] = ()) -> None:
+        self.run, self.targets = run, tuple(targets)
+        self.dtype = np.dtype(run.config.training.precision)
+
+        def program(params: Params, positions: Any, graph: Any) -> Prediction:
+            return predict(run.potential, params, positions, graph, self.targets)
+
+        self._program = Counted(program)
+
+    @property
+    def compilations(self) -> int:
+        """How many shapes of batches have been compiled."""
+        return self._program.compilations
+
+    def __call__(self, packed: PackedBatch) -> Prediction:
+        """The prediction as NumPy arrays, padding included, without reference energies."""
+        batch = to_batch(packed)
+        out: Prediction = jax.device_get(
+            self._program(self.run.params, batch.positions, batch.graph)
+        )
+        return out
+
+
+def predict_pool(
+    predictor: BatchPredictor, pool: Pool, budget: Budget
+) -> Iterator[tuple[PackedBatch, Prediction]]:
+    """Every structure of a pool once, in batches; ``index`` of a batch tells which ones."""
+    packer = Packer(pool, budget, targets=(), dtype=predictor.dtype)
+    for packed in prefetch(map(packer.batch, packer.plan(0))):
+        yield packed, predictor(packed)
+
+
+def budget_of(pool: Pool, batch_size: float, known: Budget | None = None) -> Budget:
+    """A budget for ``batch_size`` structures; ``known`` as long as every structure fits it."""
+    largest = np.array([pool.n_nodes.max() + 1, pool.n_edges.max() + 1, 2])
+    if known is not None:
+        short = largest > np.array(known)
+        grown = np.where(short, np.ceil(_GROWTH * largest), known)
+        return Budget(*grown.astype(int).tolist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # crowded batches matter in training alone
+        return measure_budget(pool, batch_size)
+
+
+# --------------------------------------------------------------------------- streams
+
+
+class StructureSet:
+    """Structures in memory, as flat arrays like those of a stored data set."""
+
+    path: Path | None = None
+
+    def __init__(self, structures: Sequence[Structure]) -> None:
+        sizes = [len(s.numbers) for s in structures]
+        self.arrays: Mapping[str, np.ndarray] = {
+            "offsets": np.cumsum([0, *sizes], dtype=np.int64),
+            "numbers": np.concatenate([s.numbers for s in structures]).astype(np.int32),
+            "positions": np.concatenate([s.positions for s in structures]),
+            "cell": np.array([s.cell for s in structures], np.float64),
+            "pbc": np.array([s.pbc for s in structures], bool),
+            "total_charge": np.array([s.total_charge for s in structures], np.int32),
+            "spin_multiplicity": np.array([s.spin_multiplicity for s in structures], np.int32),
+        }
+
+    def __len__(self) -> int:
+        return len(self.arrays["total_charge"])
+
+
+def predict_structures(
+    predictor: BatchPredictor, structures: Iterable[Structure], batch_size: int = 16
+) -> Iterator[Predicted]:
+    """Predictions of a stream of structures, in its order.
+
+    Structures are taken in chunks; a new shape is compiled only when one comes that is larger than
+    any batch so far. They must have passed ``Run.structure``.
+    """
+    stream, budget = iter(structures), None
+    while chunk := list(islice(stream, CHUNK_BATCHES * batch_size)):
+        pool = Pool([Part(StructureSet(chunk))], predictor.run.potential.architecture.cutoff)
+        budget = budget_of(pool, batch_size, budget)
+        yield from _chunk(predictor, chunk, pool, budget)
+
+
+def _chunk(
+    predictor: BatchPredictor, chunk: list[Structure], pool: Pool, budget: Budget
+) -> list[Predicted]:
+    found: dict[int, Predicted] = {}
+    for packed, out in predict_pool(predictor, pool, budget):
+        ends = np.cumsum(packed.n_node)
+        for place, item in enumerate(packed.index[packed.mask].tolist()):
+            atoms = slice(int(ends[place] - packed.n_node[place]), int(ends[place]))
+            found[item] = _one(predictor.run, chunk[item], out, place, atoms)
+    return [found[i] for i in range(len(chunk))]
+
+
+def _one(run: Run, structure: Structure, out: Prediction, place: int, atoms: slice) -> Predicted:
+    targets: dict[str, Any] = {}
+    for name, values in out.charges.items():
+        if name == "xtb_energy":
+            reference = run.reference_energy(structure, name)
+            targets[name] = float(values[place]) + reference
+        else:
+            targets[name] = np.asarray(values[atoms])
+    energy = float(out.energy[place]) + run.reference_energy(structure)
+    return Predicted(energy, np.asarray(out.forces[atoms]), targets)
+
+
+# --------------------------------------------------------------------------- charges
+
+
+def atomic_charges(target: str, values: np.ndarray) -> np.ndarray:
+    """Atomic charges [n] (e, float64) from the values [n, k] of a charge target."""
+    weights = TARGETS[target].charge
+    if weights is None:
+        raise KeyError(f"{target!r} is not a charge target")
+    return np.asarray(values, np.float64) @ weights
+
+
+def shell_charges(target: str, values: np.ndarray) -> np.ndarray | None:
+    """Charges of the shells s, s', p, d [n, 4] (e); None where the target does not hold them."""
+    if target == "shell":
+        return np.asarray(values, np.float64)
+    slots = orbital_charges(target, values)
+    if slots is None:
+        return None
+    shell = [slots[:, columns].sum(1) for columns in orbitals.SHELL_SLOTS]
+    return np.stack(shell, axis=1)
+
+
+def orbital_charges(target: str, values: np.ndarray) -> np.ndarray | None:
+    """Ten orbital charges [n, 10] (e); None where the target does not hold them."""
+    if target == "orbital":
+        return np.asarray(values, np.float64)
+    if target in RESOLVED:
+        return orbitals.orbital_charges(np.asarray(values, np.float64))
+    return None

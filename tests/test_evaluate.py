@@ -1,0 +1,152 @@
+"""Evaluation against predictions one by one, masks, splits, unknown elements, commands, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import random_run, train_tiny
+
+import orbq
+from orbq import targets
+from orbq.errors import InputError
+from orbq.evaluate import Evaluation, evaluate, is_own, report, split_rows
+from orbq.preprocess.store import Dataset
+from orbq.schema import Structure
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The directory of a run of 20 steps; its data set lies beside it."""
+    return train_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def run(trained):
+    return orbq.load(trained)
+
+
+@pytest.fixture(scope="session")
+def dataset(trained) -> Dataset:
+    return Dataset.open(trained.parent / "data")
+
+
+@pytest.fixture(scope="session")
+def evaluation(run, dataset) -> Evaluation:
+    return evaluate(run, dataset, batch_size=5)
+
+
+def stored(dataset: Dataset, i: int) -> Structure:
+    atoms = dataset.structure_slice(i)
+    return Structure(
+        np.asarray(dataset["numbers"][atoms]),
+        np.asarray(dataset["positions"][atoms]),
+        np.asarray(dataset["cell"][i]),
+        np.asarray(dataset["pbc"][i]),
+        int(dataset["total_charge"][i]),
+        int(dataset["spin_multiplicity"][i]),
+    )
+
+
+def test_predictions_are_those_of_single_structures(run, dataset, evaluation):
+    assert len(evaluation.rows) == len(dataset) == 40
+    assert evaluation.cost.compilations == 1
+    assert evaluation.cost.edge_fill > 0.5
+    ends = np.cumsum(evaluation.n_node)
+    for i in (0, 17):
+        expected = run.predict(stored(dataset, i))
+        atoms = slice(ends[i] - evaluation.n_node[i], ends[i])
+        # float32 sums in another order
+        assert evaluation.values["energy"].predicted[i] == pytest.approx(
+            expected["energy"], abs=1e-3
+        )
+        for name in ("forces", "onsite"):
+            found = evaluation.values[name].predicted[atoms]
+            np.testing.assert_allclose(found, expected[name], atol=1e-3)
+
+
+def test_errors_are_those_of_numpy(dataset, evaluation):
+    errors = evaluation.errors()
+    energy = evaluation.values["energy"].predicted - dataset["energy"]
+    assert dataset.mask("energy").all()
+    assert errors["energy_mae_meV"] == pytest.approx(1e3 * np.abs(energy).mean())
+    per_atom = 1e3 * energy / dataset.n_atoms
+    assert errors["energy_rmse_meV_per_atom"] == pytest.approx(np.sqrt(np.mean(per_atom**2)))
+    forces = evaluation.values["forces"].predicted - dataset["forces"]
+    assert errors["forces_rmse_meV_per_A"] == pytest.approx(1e3 * np.sqrt(np.mean(forces**2)))
+    oxygen = np.asarray(dataset["numbers"]) == 8
+    by_element = evaluation.by_element("forces")
+    assert by_element["O", ""]["mae"] == pytest.approx(1e3 * np.abs(forces[oxygen]).mean())
+    assert by_element["O", ""]["count"] == 3 * oxygen.sum()
+    charges = evaluation.values["orbital"].predicted[oxygen][:, 2:5]
+    label = targets.TARGETS["orbital"].extract(dataset.arrays, slice(None))[oxygen][:, 2:5]
+    found = evaluation.by_element("orbital")["O", "p"]
+    assert found["mae"] == pytest.approx(np.abs(charges - label).mean())
+
+
+def test_charges_that_follow_from_the_onsite_block(dataset, evaluation):
+    assert evaluation.values["atomic"].source == "onsite"
+    total = np.add.reduceat(evaluation.values["atomic"].predicted[:, 0], dataset.offsets[:-1])
+    np.testing.assert_allclose(total, dataset["total_charge"], atol=1e-4)  # float32
+    shells = evaluation.values["shell"].predicted.sum(1)
+    np.testing.assert_allclose(shells, evaluation.values["atomic"].predicted[:, 0], atol=1e-6)
+
+
+def test_report_is_json(evaluation):
+    text = json.dumps(report(evaluation, [("run", "runs/tiny")]))
+    found = json.loads(text)
+    assert found["structures"] == 40 and found["run"] == "runs/tiny"
+    assert found["by_element"]["forces"]["unit"] == "meV/Å"
+    assert found["derived"]["orbital"] == "onsite"
+
+
+def test_own_split_is_taken(run, dataset):
+    assert is_own(run, dataset)
+    name, test = split_rows(run, dataset)
+    assert name == "test" and 0 < len(test) < 40
+    parts = [split_rows(run, dataset, part)[1] for part in ("train", "validation", "test")]
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(40))
+    assert run.info["structures"]["test"] == len(test)
+    with pytest.raises(InputError, match="train, validation, test, all"):
+        split_rows(run, dataset, "tests")
+
+
+def test_another_data_set_is_evaluated_whole(run, dataset):
+    other = Dataset(dataset.path, {**dataset.manifest, "arrays": {}}, dataset.arrays)
+    assert split_rows(run, other)[0] == "all"
+    with pytest.raises(InputError, match="not trained on"):
+        split_rows(run, other, "test")
+
+
+def test_unknown_elements_are_left_out_and_counted(dataset):
+    titanium = np.asarray(dataset["numbers"]) == 22
+    structure = np.repeat(np.arange(40), dataset.n_atoms)
+    holding = np.unique(structure[titanium])
+    assert 0 < len(holding) < 40
+    ignorant = random_run(("atomic",), (1, 6, 7, 8), lmax=1)
+    found = evaluate(ignorant, dataset, targets=("atomic",), batch_size=5)
+    assert found.left_out == {"Ti": len(holding)} and found.n_left_out == len(holding)
+    assert not np.isin(found.rows, holding).any()
+    with pytest.raises(InputError, match="they hold Ti, the run knows H, C, N, O"):
+        evaluate(ignorant, dataset, holding)
+
+
+def test_missing_labels_are_masked(run, dataset):
+    arrays = dict(dataset.arrays)
+    arrays["energy_mask"] = np.arange(40) % 2 == 0
+    partly = Dataset(dataset.path, dataset.manifest, arrays)
+    found = evaluate(run, partly, batch_size=5)
+    assert report(found)["labels"]["energy"] == 20
+    errors = found.values["energy"].predicted[::2] - dataset["energy"][::2]
+    assert found.errors()["energy_mae_meV"] == pytest.approx(1e3 * np.abs(errors).mean())
+    for name in ("energy", "forces", "onsite"):
+        arrays[f"{name}_mask"] = np.zeros(40, bool)
+    with pytest.raises(InputError, match="has a label of energy, forces, onsite"):
+        evaluate(run, Dataset(dataset.path, dataset.manifest, arrays))
+
+
+def test_targets_must_be_predicted_by_the_run(run, dataset):
+    with pytest.raises(InputError, match="'dft' cannot be evaluated"):
+        evaluate(run, dataset, targets=("dft",))
