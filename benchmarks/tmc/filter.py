@@ -58,7 +58,9 @@ def read_frames(sources: list[Path], labelled: bool = True) -> list[Atoms]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give a run's directory or an extxyz file")
         try:
-            found = list(read(path, ":", format="extxyz"))
+            data = path.read_bytes()
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+            found = list(read(io.StringIO(text), ":", format="extxyz"))
         except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
             raise InputError(f"{path}: cannot be read as extxyz ({error})") from error
         for index, frame in enumerate(found):

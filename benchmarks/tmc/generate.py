@@ -174,7 +174,7 @@ def _label_species(archive: Archive, species: Species, names: tuple[str, ...]) -
         if (group, name) in archive.settled:
             continue
         if (group, WHOLE_SPECIES) in archive.settled or _lacks_minimum(archive, group, name):
-            yield f"{group} {name}: no DFT minimum to start from"
+            yield f"{group} {name}: skipped, as its minimum failed"
             continue
         wall, cpu = time.monotonic(), time.process_time()
         try:

@@ -9,7 +9,7 @@ one for every metal, so that a run can always be extended.
 from __future__ import annotations
 
 import tomllib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def species_list(
     return out + organic
 
 
-@lru_cache(maxsize=1)
+@cache
 def reserved_compositions() -> frozenset[Composition]:
     """Everything that the reserved seeds draw: the embedded sets and the blind test."""
     return frozenset(
@@ -119,13 +119,13 @@ def reserved_compositions() -> frozenset[Composition]:
     )
 
 
-@lru_cache(maxsize=1)
+@cache
 def ligands() -> dict[str, Ligand]:
     """The ligands of ``ligands.toml`` by name."""
     return {name: _ligand(entry) for name, entry in _load("ligands.toml").items()}
 
 
-@lru_cache(maxsize=1)
+@cache
 def recipes() -> tuple[Recipe, ...]:
     """The recipes of ``recipes.toml``, with pools written out as ligand names."""
     data = _load("recipes.toml")
@@ -149,6 +149,13 @@ def recipes() -> tuple[Recipe, ...]:
     )
 
 
+@cache
+def _recipes_of(metal: str) -> tuple[list[Recipe], np.ndarray]:
+    own = [r for r in recipes() if metal in r.metals]
+    weights = np.array([r.weight for r in own])
+    return own, weights / weights.sum()
+
+
 def _load(name: str) -> dict:
     with open(Path(__file__).with_name(name), "rb") as file:
         return tomllib.load(file)
@@ -170,9 +177,8 @@ def _ligand(entry: dict) -> Ligand:
 
 def _draw(metal: str, rng: np.random.Generator) -> tuple[Recipe, list[str]]:
     """One recipe of ``metal`` by weight, and its ligands: fixed, then anionic, then neutral."""
-    own = [r for r in recipes() if metal in r.metals]
-    weights = np.array([r.weight for r in own])
-    recipe = own[rng.choice(len(own), p=weights / weights.sum())]
+    own, probabilities = _recipes_of(metal)
+    recipe = own[rng.choice(len(own), p=probabilities)]
     names = list(recipe.fixed)
     for n, pool in (recipe.anionic, recipe.neutral):
         if n:
