@@ -32,34 +32,36 @@ BASE = Path(__file__).parent / "search_demo.toml"
 
 # stage -> settings tried, each a list of overrides on search_demo.toml (one change at a time)
 STAGES: dict[str, list[list[str]]] = {
-    "baseline": [
-        [],
+    # first: learning rate, batch size and width around the defaults of configs/base.toml
+    "start": [
+        ["training.learning_rate=2e-3"],
         ["training.learning_rate=5e-4"],
         ["training.learning_rate=1e-3"],
         ["training.learning_rate=5e-3"],
-        ["training.batch_size=4"],
-        ["training.batch_size=16"],
-        ["model.n_channels=16"],
+        ["training.batch_size=4", "training.learning_rate=2e-3"],
+        ["training.batch_size=16", "training.learning_rate=2e-3"],
+        ["model.n_channels=16", "training.learning_rate=2e-3"],
+    ],
+    # then, at the learning rate found, one change at a time
+    "baseline": [
+        [],
+        ["training.learning_rate=1e-2"],
         ["model.n_channels=64"],
-        ["model.n_layers=3"],
-        ["model.lmax=1"],
-        ["model.cutoff=4.0"],
-        ["model.cutoff=6.0"],
-        ["loss.energy_per=atom"],
+        ["training.batch_size=4"],
         ["loss.weights.forces=0.3"],
         ["loss.weights.forces=3.0"],
-        ["loss.kind=mse"],
+        ["loss.energy_per=atom"],
         ["loss.kind=mae"],
+        ["model.n_layers=3"],
+        ["model.lmax=1"],
         ["training.weight_decay=0.1"],
-        ["training.weight_decay=1.0"],
         ["training.ema_decay=0.999"],
-        ["model.radial_hidden=[16]"],
-        ["model.radial_hidden=[64]"],
+        ["model.cutoff=4.0"],
     ],
     "multitask": [
         [f"loss.weights.{target}={weight}"]
         for target in ("onsite", "orbital")
-        for weight in (0.3, 1.0, 3.0, 10.0, 30.0)
+        for weight in (0.3, 1.0, 3.0, 10.0)
     ],
 }
 
