@@ -72,16 +72,16 @@ class Cost(NamedTuple):
 class Evaluation(NamedTuple):
     """Predictions and labels of S structures with A atoms, one after another.
 
-    rows: [S] structures of the data set. n_node: [S] atoms of each. numbers: [A]. references: [S]
-    reference energies that are part of the predicted energies, eV. values: by label. left_out:
-    structures with elements that the run does not know, {symbol: number of structures}; n_left_out:
-    how many they are. cost: what it took.
+    rows: [S] structures of the data set. n_node: [S] atoms of each. numbers: [A]. references: by
+    energy, [S] reference energies that are part of the predicted ones, eV. values: by label.
+    left_out: structures with elements that the run does not know, {symbol: number of structures};
+    n_left_out: how many they are. cost: what it took.
     """
 
     rows: np.ndarray
     n_node: np.ndarray
     numbers: np.ndarray
-    references: np.ndarray
+    references: dict[str, np.ndarray]
     values: dict[str, Values]
     left_out: dict[str, int]
     n_left_out: int
@@ -89,12 +89,27 @@ class Evaluation(NamedTuple):
 
     def errors(self) -> dict[str, float]:
         """MAE and RMSE of every label: ``{"energy_mae_meV": ..., "energy_rmse_meV": ..., ...}``."""
-        sums = {}
-        for name, values in self.values.items():
-            sums[name] = _sums(values.errors, values.mask)
-            if name == "energy":
-                sums["energy_per_atom"] = _sums(values.errors / self.n_node, values.mask)
-        return from_sums(sums)
+        names = [*self.values] + ["energy_per_atom"] * ("energy" in self.values)
+        return from_sums({name: self._sums(name) for name in names})
+
+    def mae(self, name: str) -> float:
+        """Mean absolute error of a label, or of "energy_per_atom": eV, eV/atom, eV/Å or e.
+
+        NaN without labels. Raises KeyError for a label that was not evaluated.
+        """
+        absolute, _, count = self._sums(name)
+        return float(absolute / count) if count else float("nan")
+
+    def rmse(self, name: str) -> float:
+        """Root mean square error, as ``mae``."""
+        _, square, count = self._sums(name)
+        return float(np.sqrt(square / count)) if count else float("nan")
+
+    def _sums(self, name: str) -> np.ndarray:
+        """Sums of |error| and error^2, and the count of labels."""
+        values = self.values["energy" if name == "energy_per_atom" else name]
+        errors = values.errors / (self.n_node if name == "energy_per_atom" else 1)
+        return np.array([np.abs(errors).sum(), np.square(errors).sum(), values.mask.sum()])
 
     def by_element(self, name: str) -> dict[tuple[str, str], dict[str, float]]:
         """Errors of a per-atom label by (element symbol, shell), in the unit of ``errors``.
@@ -120,10 +135,6 @@ class Evaluation(NamedTuple):
     def per_atom(self) -> tuple[str, ...]:
         """The labels that ``by_element`` takes."""
         return tuple(name for name in self.values if name not in ENERGIES)
-
-
-def _sums(errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.array([np.abs(errors).sum(), np.square(errors).sum(), mask.sum()])
 
 
 def _force_errors(
@@ -202,18 +213,22 @@ def evaluate(
     targets: Sequence[str] | None = None,
     batch_size: float = 16,
     progress: Callable[[int, int], None] | None = None,
+    split: str | None = None,
 ) -> Evaluation:
     """Predict structures of a data set and compare them with their labels.
 
-    indices: [n] structures, None for all (see ``split_rows``). targets: labels to compare, "energy",
-    "forces" and targets the run has a head for; None for all that it was trained on and the data
-    has. batch_size: structures a batch on average. progress: called with (done, all structures).
+    indices: [n] structures; None for those of ``split`` ("train", "validation", "test" or "all",
+    see ``split_rows``; None for all). targets: labels to compare: "energy", "forces" and targets
+    the run has a head for; None for all that it was trained on and the data has. batch_size:
+    structures a batch on average. progress: called with (done, all structures).
 
     Raises InputError for a target that the run does not predict, when no label is left, or when
     every structure holds an element that the run does not know.
     """
     started = time.monotonic()
-    rows = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
+    if indices is None:
+        indices = split_rows(run, dataset, split or ALL)[1]
+    rows = np.asarray(indices, np.int64)
     known, left_out = _known(run, dataset, rows)
     if not known.any():
         raise InputError(
@@ -239,7 +254,7 @@ def evaluate(
         rows=rows[known],
         n_node=pool.n_nodes.astype(np.int64),
         numbers=collected.numbers,
-        references=collected.references["energy"],
+        references=collected.references,
         values=collected.values(),
         left_out=left_out,
         n_left_out=int((~known).sum()),
@@ -294,7 +309,7 @@ class _Collected:
         offsets = np.asarray(self.dataset.arrays["offsets"])
         self.atoms = ragged_rows(offsets[self.rows], n_node)
         self.numbers = np.asarray(self.dataset.arrays["numbers"][self.atoms])
-        self.references = {n: self._references(n) for n in ("energy", *names) if n in ENERGIES}
+        self.references = {n: self._references(n) for n in names if n in ENERGIES}
         self.predicted = {n: np.zeros(self._shape(n)) for n in names}
 
     def _references(self, name: str) -> np.ndarray:
