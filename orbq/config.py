@@ -104,6 +104,7 @@ class Model(Section):
     """The structure of the network: a change of any of these is another compiled program."""
 
     backbone: Backbone = "nequip"
+    species: Literal["shells", "free"] = "shells"
     cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     n_layers: Annotated[int, Field(ge=1, le=16)] = 2
     n_channels: Annotated[int, Field(ge=1, le=4096)] = 32

@@ -87,6 +87,7 @@ def architecture_of(config: Config) -> Architecture:
         heads.append((name, kind))
     return Architecture(
         backbone=model.backbone,
+        species=model.species,
         cutoff=model.cutoff,
         n_layers=model.n_layers,
         n_channels=model.n_channels,

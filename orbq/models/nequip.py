@@ -10,7 +10,7 @@ Features are laid out [N, (lmax + 1)^2, C]: degrees 0..lmax of parity (-1)^l, C 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import e3nn_jax as e3nn
 import flax.linen as nn
@@ -18,20 +18,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from orbq.models.radial import bessel_basis, polynomial_cutoff, safe_norm
+from orbq.elements import COVALENT_RADIUS, descriptors
+from orbq.models.radial import bessel_basis, bond_basis, polynomial_cutoff, safe_norm
 from orbq.models.tensor_product import edge_tensor_product, paths
+
+MODULATION = nn.initializers.variance_scaling(0.1, "fan_in", "normal")  # of 1 + x factors
+SPECIES = ("shells", "free")
 
 
 class Geometry(NamedTuple):
     """What the layers need of the edges.
 
-    harmonics [E, (lmax+1)^2], component normalisation; radial [E, n_radial], zero beyond the
-    cutoff; species [N]; senders, receivers [E].
+    harmonics [E, (lmax+1)^2], component normalisation; radial [E, R], zero beyond the cutoff;
+    attributes [N, A], what is known of each atom's element; senders, receivers [E].
     """
 
     harmonics: Array
     radial: Array
-    species: Array
+    attributes: Array
     senders: Array
     receivers: Array
 
@@ -80,17 +84,40 @@ class DegreeLinear(nn.Module):
         return jnp.concatenate(out, axis=1)
 
 
+class SpeciesAttributes(nn.Module):
+    """A vector per atom for its element, from which everything element-specific is linear.
+
+    kind "free": learned for each element alone. kind "shells": linear in ``elements.descriptors``,
+    plus a smaller free part.
+    """
+
+    elements: tuple[int, ...]
+    kind: str
+    n_attributes: int = 16
+
+    @nn.compact
+    def __call__(self, species: Int[Array, " N"], dtype: Any) -> Float[Array, "N A"]:
+        shape = (len(self.elements), self.n_attributes)
+        known = self.kind == "shells"
+        table = self.param("free", nn.initializers.normal(0.3 if known else 1.0), shape)
+        if known:
+            rows = descriptors(self.elements)
+            mix = nn.initializers.normal(0.4 * rows.shape[1] ** -0.5)  # rms about 1 in molecules
+            weight = self.param("shells", mix, (rows.shape[1], self.n_attributes))
+            table = table + jnp.asarray(rows, weight.dtype) @ weight
+        return table.astype(dtype)[species]
+
+
 class RadialWeights(nn.Module):
     """Path weights of every edge from its distance and its two species.
 
-    silu(B W1 * (1 + u[sender] + v[receiver])) W2 with B the cut-off radial basis; no bias, so that
+    silu(B W1 * (1 + u(sender) + v(receiver))) W2 with B the cut-off radial basis; no bias, so that
     a message vanishes, with its first two derivatives, at the cutoff.
     """
 
     n_paths: int
     n_channels: int
     hidden: tuple[int, ...]
-    n_species: int
 
     @nn.compact
     def __call__(self, geometry: Geometry) -> Float[Array, "E P C"]:
@@ -100,13 +127,12 @@ class RadialWeights(nn.Module):
             weight = self.param(f"w{n}", nn.initializers.normal(1.0), (h.shape[1], width))
             h = h @ (weight.astype(dtype) / h.shape[1] ** 0.5)
             if n == 0:
-                pair = [
-                    self.param(
-                        f"species_{side}", nn.initializers.normal(0.3), (self.n_species, width)
+                sender, receiver = (
+                    nn.Dense(width, False, name=side, dtype=dtype, kernel_init=MODULATION)(
+                        geometry.attributes
                     )
                     for side in ("sender", "receiver")
-                ]
-                sender, receiver = (p.astype(dtype)[geometry.species] for p in pair)
+                )
                 h = h * (1.0 + sender[geometry.senders] + receiver[geometry.receivers])
             h = jax.nn.silu(h) * 1.6  # restores unit variance after silu
         shape = (h.shape[1], self.n_paths * self.n_channels)
@@ -121,7 +147,6 @@ class Interaction(nn.Module):
     lmax_edge: int
     n_channels: int
     radial_hidden: tuple[int, ...]
-    n_species: int
     avg_num_neighbors: float
 
     @nn.compact
@@ -130,7 +155,7 @@ class Interaction(nn.Module):
     ) -> Float[Array, "N D2 C"]:
         n, rows, channels = features.shape
         table = paths(round(rows**0.5) - 1, self.lmax_edge, self.l_out)
-        weights = RadialWeights(len(table), channels, self.radial_hidden, self.n_species)(geometry)
+        weights = RadialWeights(len(table), channels, self.radial_hidden)(geometry)
         harmonics = geometry.harmonics[:, : (self.lmax_edge + 1) ** 2]
         messages = edge_tensor_product(features[geometry.senders], harmonics, weights, table)
         scale = {
@@ -148,7 +173,6 @@ class Layer(nn.Module):
     lmax_edge: int
     n_channels: int
     radial_hidden: tuple[int, ...]
-    n_species: int
     avg_num_neighbors: float
 
     @nn.compact
@@ -162,14 +186,14 @@ class Layer(nn.Module):
             self.lmax_edge,
             self.n_channels,
             self.radial_hidden,
-            self.n_species,
             self.avg_num_neighbors,
         )(features, geometry)
         mixed = DegreeLinear(self.n_channels, name="mix")(summed)
         kept = features[:, :rows]
-        species = self.param(
-            "species", nn.initializers.normal(0.3), (self.n_species, kept.shape[-1])
-        ).astype(features.dtype)[geometry.species]
+        width, dtype = kept.shape[-1], kept.dtype
+        species = nn.Dense(width, False, name="species", dtype=dtype, kernel_init=MODULATION)(
+            geometry.attributes
+        )
         residual = DegreeLinear(self.n_channels, name="residual")(kept * (1 + species[:, None]))
         mixed = (
             jnp.concatenate(
@@ -200,8 +224,9 @@ class NequIP(nn.Module):
     cutoff in Å. avg_num_neighbors: mean number of neighbours within it, the messages' scale.
     """
 
-    n_species: int
+    elements: tuple[int, ...]
     cutoff: float
+    species: str = "shells"
     n_layers: int = 2
     n_channels: int = 32
     lmax: int = 2
@@ -219,11 +244,12 @@ class NequIP(nn.Module):
         condition: Float[Array, "N K"],
     ) -> Features:
         """vectors: receiver minus sender, Å. condition: per-atom inputs beside the species."""
-        geometry = self.geometry(vectors, species, senders, receivers)
         dtype = vectors.dtype
-        embedding = self.param(
-            "embedding", nn.initializers.normal(1.0), (self.n_species, self.n_channels)
-        ).astype(dtype)[species]
+        attributes = SpeciesAttributes(self.elements, self.species, name="species")(species, dtype)
+        geometry = self.geometry(vectors, species, senders, receivers)._replace(
+            attributes=attributes
+        )
+        embedding = nn.Dense(self.n_channels, False, name="embedding", dtype=dtype)(attributes)
         shift = nn.Dense(self.n_channels, use_bias=False, name="condition", dtype=dtype)(condition)
         features = (embedding * (1 + shift))[:, None]  # [N, 1, C]
         scalars = []
@@ -235,7 +261,6 @@ class NequIP(nn.Module):
                 self.lmax,
                 self.n_channels,
                 self.radial_hidden,
-                self.n_species,
                 self.avg_num_neighbors,
                 name=f"layer{n}",
             )(features, geometry)
@@ -252,5 +277,9 @@ class NequIP(nn.Module):
             range(self.lmax + 1), e3nn.IrrepsArray("1o", unit), normalize=False
         ).array
         envelope = polynomial_cutoff(distance, self.cutoff)
-        radial = bessel_basis(distance, self.cutoff, self.n_radial) * envelope[:, None]
-        return Geometry(harmonics, radial, species, senders, receivers)
+        radial = bessel_basis(distance, self.cutoff, self.n_radial)
+        if self.species == "shells":
+            radius = jnp.asarray(COVALENT_RADIUS[list(self.elements)], distance.dtype)[species]
+            bonds = bond_basis(distance, radius[senders] + radius[receivers])
+            radial = jnp.concatenate([radial, bonds], axis=1)
+        return Geometry(harmonics, radial * envelope[:, None], species, senders, receivers)

@@ -46,11 +46,13 @@ class Constants(NamedTuple):
 class Architecture(NamedTuple):
     """Structure of the network: another value is another compilation. Units Å.
 
-    heads: target -> "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
+    species: what the network knows of the elements, nequip.SPECIES. heads: target ->
+    "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
     share one second energy readout).
     """
 
     backbone: str = "nequip"
+    species: str = "shells"
     cutoff: float = 5.0
     n_layers: int = 2
     n_channels: int = 32
@@ -117,7 +119,8 @@ class _Network(nn.Module):
         unpaired = graph.globals["spin_multiplicity"].astype(dtype) - 1
         state = jnp.stack([total_charge * arch.embed_charge, unpaired * arch.embed_spin], axis=-1)
         features = BACKBONES[arch.backbone](
-            n_species=len(const.elements),
+            elements=const.elements,
+            species=arch.species,
             cutoff=arch.cutoff,
             n_layers=arch.n_layers,
             n_channels=arch.n_channels,

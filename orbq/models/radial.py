@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+BOND_CENTRES = (0.8, 1.0, 1.2, 1.5, 1.8, 2.2)  # of the sum of covalent radii
+BOND_WIDTH = 0.25
+
 
 def polynomial_cutoff(
     distance: Float[Array, " E"], cutoff: float, p: int = 6
@@ -34,6 +37,16 @@ def bessel_basis(distance: Float[Array, " E"], cutoff: float, n: int) -> Float[A
     frequencies = jnp.arange(1, n + 1, dtype=distance.dtype) * jnp.pi
     x = distance[:, None] / cutoff  # [E, 1]
     return jnp.sin(frequencies * x) / (2.0**0.5 * x)
+
+
+def bond_basis(
+    distance: Float[Array, " E"], bond_length: Float[Array, " E"]
+) -> Float[Array, "E 6"]:
+    """Gaussians of the distance in units of the sum of the two covalent radii, centred at
+    BOND_CENTRES: what is a bond between one pair of elements is one between another."""
+    scaled = distance / bond_length
+    centres = jnp.asarray(BOND_CENTRES, distance.dtype)
+    return jnp.exp(-(((scaled[:, None] - centres) / BOND_WIDTH) ** 2))
 
 
 def safe_norm(vectors: Float[Array, "E 3"], floor: float = 1e-3) -> Float[Array, " E"]:
