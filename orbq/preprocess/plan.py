@@ -178,15 +178,22 @@ def choose_budget(n_nodes: np.ndarray, n_edges: np.ndarray, batch_size: float) -
     best, best_score = largest, -np.inf
     for n_edge in _edge_budgets(edges, batch_size, largest.n_edge):
         for budget in _candidates(nodes, edges, n_edge, batch_size, largest):
-            plan = make_plan(nodes, edges, budget, 0, 0)
-            rate = fill_rates(plan, nodes, edges, budget)
-            # edges cost most, nodes some, graphs nothing; and the batch size was asked for
-            drift = abs(len(nodes) / len(plan) / batch_size - 1.0)
-            score = rate.edge + rate.node / 4 - drift / 4
+            score = _score(nodes, edges, budget, batch_size)
             if score > best_score:
                 best, best_score = budget, score
     _warn_if_crowded(n_edges, best, batch_size)
     return best
+
+
+def _score(nodes: np.ndarray, edges: np.ndarray, budget: Budget, batch_size: float) -> float:
+    """How well trial epochs fill a budget; the fewer the structures, the more epochs are tried."""
+    epochs = range(min(max(_SAMPLE // len(nodes), 1), 8))
+    plans = [make_plan(nodes, edges, budget, 0, epoch) for epoch in epochs]
+    rates = [fill_rates(plan, nodes, edges, budget) for plan in plans]
+    edge, node = (float(np.mean([rate[i] for rate in rates])) for i in (1, 0))
+    mean_size = len(nodes) * len(plans) / sum(len(plan) for plan in plans)
+    # edges cost most, nodes some, graphs nothing; and the batch size was asked for
+    return edge + node / 4 - abs(mean_size / batch_size - 1.0) / 4
 
 
 def _edge_budgets(edges: np.ndarray, batch_size: float, smallest: int) -> list[int]:
