@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orbq.errors import InputError, OrbqError
 
 if TYPE_CHECKING:
+    from orbq.calculator import Calculator
     from orbq.config import Config, load_config
     from orbq.data import open_dataset
     from orbq.preprocess.frames import embedded_path as embedded
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 # public name -> (module, name there). The labelling stage is called ``label`` here because
 # ``orbq.preprocess`` is the package it lives in.
 _LAZY = {
+    "Calculator": ("orbq.calculator", "Calculator"),
     "Config": ("orbq.config", "Config"),
     "Dataset": ("orbq.preprocess.store", "Dataset"),
     "Run": ("orbq.run", "Run"),
@@ -35,6 +37,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Calculator",
     "Config",
     "Dataset",
     "InputError",

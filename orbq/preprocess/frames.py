@@ -65,12 +65,12 @@ def find_sources(paths: Iterable[str | Path]) -> list[Source]:
 
 def _expand(given: str) -> list[tuple[str, Path]]:
     path = Path(given)
-    if path.is_dir():
-        raise InputError(f"{given} is a directory; name its files, e.g. '{given}/*.xyz'")
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return [(given, path)]
     if given in EMBEDDED:
         return [(given, embedded_path(given))]
+    if path.is_dir():
+        raise InputError(f"{given} is a directory; name its files, e.g. '{given}/*.xyz'")
     matches = sorted(m for m in glob.glob(given, recursive=True) if Path(m).is_file())
     if not matches:
         raise InputError(
