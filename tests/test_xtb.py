@@ -181,27 +181,68 @@ def test_a_large_box_is_the_molecule_and_a_small_one_is_refused():
 def test_charge_collapse_is_caught_and_the_ladder_climbed(monkeypatch):
     """A collapsed result is never returned: the next rung is tried, and the reason is told."""
     s = of_ase("H2O")
-    real, tried = xtb._singlepoint, []
+    real, tried = xtb.singlepoint, []
 
-    class Collapsed:
-        def __init__(self, result):
-            self.result = result
+    def collapsed(structure, *how):
+        raw = real(structure, *how)
+        moved = raw.blocks.copy()
+        moved[:, 0, 0] += [16.6, -8.3, -8.3]  # electrons from the hydrogens to the oxygen
+        return raw._replace(blocks=moved)
 
-        def get(self, name):
-            value = self.result.get(name)
-            return value + np.array([-16.6, 8.3, 8.3]) if name == "charges" else value
-
-    def collapsing(s, method, settings, temperature, damping):
+    def at_first(structure, method, settings, temperature, damping=None):
         tried.append((temperature, damping))
-        result = real(s, method, settings, temperature, damping)
-        return Collapsed(result) if len(tried) < 3 else result
+        compute = collapsed if len(tried) < 3 else real
+        return compute(structure, method, settings, temperature, damping)
 
-    monkeypatch.setattr(xtb, "_singlepoint", collapsing)
+    monkeypatch.setattr(xtb, "singlepoint", at_first)
     assert xtb.label(s).note == "2000 K"
     assert tried == [(300.0, None), (1000.0, None), (2000.0, None)]
-    monkeypatch.setattr(xtb, "_singlepoint", lambda *args: Collapsed(real(*args)))
+    tried.clear()
+    (found,) = xtb.label_many([s], "GFN1-xTB", xtb.DEFAULTS)
+    assert found.note == "1000 K"  # the first rung was tried twice
+    monkeypatch.setattr(xtb, "singlepoint", collapsed)
     with pytest.raises(xtb.LabelError, match=r"charge collapse: -17\.\d e on atom 0 \(O\)"):
         xtb.label(s)
+
+
+INSANE = {
+    "not finite": lambda raw: raw._replace(energy=float("nan")),
+    "is not finite": lambda raw: raw._replace(forces=raw.forces * np.inf),
+    "e more than the total charge": lambda raw: raw._replace(blocks=raw.blocks * 1.001),
+    "orbital populations from .* to": lambda raw: raw._replace(
+        blocks=raw.blocks + np.diag([1.5, 0, -0.5, -0.5, -0.5, 0, 0, 0, 0, 0])
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", INSANE)
+def test_insane_results_are_refused(monkeypatch, reason):
+    real = xtb.singlepoint
+    monkeypatch.setattr(xtb, "singlepoint", lambda *how: INSANE[reason](real(*how)))
+    s = structure([9, 9], [[0, 0, 0], [0, 0, 1.4]])
+    with pytest.raises(xtb.LabelError, match=reason):
+        xtb.label(s)
+
+
+def test_many_are_labelled_as_each_alone():
+    structures = [of_ase(name) for name in ("H2O", "C6H6", "SO2")]
+    structures.insert(1, structures[0]._replace(pbc=np.ones(3, bool), cell=5 * np.eye(3)))
+    many = xtb.label_many(structures, "GFN1-xTB", xtb.DEFAULTS)
+    assert "cell height" in str(many[1])
+    for i in (0, 2, 3):
+        alone = xtb.label(structures[i])
+        np.testing.assert_allclose(many[i].onsite, alone.onsite, atol=1e-14)
+        np.testing.assert_array_equal(many[i].forces, alone.forces)
+
+
+def test_components_are_those_of_the_contract():
+    s = of_ase("SO2")
+    raw = xtb.singlepoint(s, "GFN1-xTB", xtb.DEFAULTS, 300.0)
+    present = orbitals.shells().slot_mask[s.numbers]
+    blocks = 0.5 * (raw.blocks + raw.blocks.transpose(0, 2, 1))
+    blocks = blocks * present[:, :, None] * present[:, None, :]
+    expected = orbitals.onsite_from_blocks(blocks, s.numbers)
+    np.testing.assert_allclose(xtb.label(s).onsite, expected, atol=1e-14)
 
 
 def test_more_charge_than_valence_electrons_never_reaches_tblite():

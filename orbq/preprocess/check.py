@@ -120,7 +120,7 @@ def unpaired(s: Structure, method: str = "GFN1-xTB") -> int:
     The f electrons of Ce-Lu are in xTB's core, so their spin cannot be counted: with any of these
     elements present the lowest number that fits the valence electrons is taken.
     """
-    if ((s.numbers >= 58) & (s.numbers <= 71)).any():
+    if s.numbers.max() >= 58 and ((s.numbers >= 58) & (s.numbers <= 71)).any():
         n_valence = orbitals.shells(method).valence[s.numbers].sum() - s.total_charge
         return round(n_valence) % 2
     return int(s.spin_multiplicity) - 1

@@ -75,7 +75,7 @@ def structures(arrays: dict[str, np.ndarray]) -> list[Structure]:
         rows = slice(offsets[i], offsets[i + 1])
         pieces.append(
             Structure(
-                numbers=arrays["numbers"][rows].astype(np.int64),
+                numbers=arrays["numbers"][rows],
                 positions=arrays["positions"][rows],
                 cell=arrays["cell"][i],
                 pbc=arrays["pbc"][i],

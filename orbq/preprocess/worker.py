@@ -10,7 +10,6 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ from orbq.preprocess.blas import loaded_blas
 from orbq.preprocess.wire import IDLE, POSITION
 from orbq.schema import Labels
 
-Labeller = Callable[..., Labels]
 
-
-def serve(label: Labeller = xtb.label) -> None:
+def serve() -> None:
     """Answer requests until stdin ends.
 
     argv[1]: descriptor of a small file, shared with the parent, where the index of the structure
@@ -43,7 +40,7 @@ def serve(label: Labeller = xtb.label) -> None:
     wire.send(replies, wire.pack(wire.Message({}, note)))
     parent = os.getppid()
     while (data := wire.receive(requests)) is not None:
-        reply = _answer(wire.unpack(data), label, position, parent)
+        reply = _answer(wire.unpack(data), position, parent)
         reply.note["blas"] = [blas]
         position[:] = POSITION.pack(IDLE)
         try:
@@ -59,38 +56,34 @@ def _offer_to_memory_killer() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _answer(
-    request: wire.Message, label: Labeller, position: mmap.mmap, parent: int
-) -> wire.Message:
+def _answer(request: wire.Message, position: mmap.mmap, parent: int) -> wire.Message:
     """Labels of a chunk; the clock ends this process where one structure exceeds the time limit.
 
     The alarm's default action is taken by the kernel, so it works inside compiled code as well.
     """
     settings, timeout = xtb.Settings(**request.note["settings"]), request.note["timeout"] or 0.0
-    method, items = request.note["method"], wire.structures(request.arrays)
-    labels: list[Labels | None] = []
-    failures: list[tuple[int, str]] = []
-    for i, structure in enumerate(items):
-        position[:] = POSITION.pack(i)
+
+    def begin(i: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
+        position[:] = POSITION.pack(i)
         signal.setitimer(signal.ITIMER_REAL, timeout)
-        try:
-            labels.append(label(structure, method, settings))
-        except (xtb.LabelError, MemoryError) as error:
-            labels.append(None)
-            failures.append((i, str(error) or "out of memory"))
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    labels = xtb.label_many(
+        wire.structures(request.arrays), request.note["method"], settings, begin
+    )
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     sizes = np.diff(request.arrays["offsets"]).tolist()
-    notes = [(i, found.note) for i, found in enumerate(labels) if found and found.note]
+    failures = [(i, str(e)) for i, e in enumerate(labels) if isinstance(e, xtb.LabelError)]
+    notes = [(i, x.note) for i, x in enumerate(labels) if isinstance(x, Labels) and x.note]
     return wire.Message(_join(labels, sizes), {"failures": failures, "notes": notes})
 
 
-def _join(labels: list[Labels | None], sizes: list[int]) -> dict[str, Any]:
+def _join(labels: list[Labels | xtb.LabelError], sizes: list[int]) -> dict[str, Any]:
     def rows(name: str, width: int) -> np.ndarray:
         return np.concatenate(
             [
-                np.zeros((n, width)) if found is None else getattr(found, name)
+                getattr(found, name) if isinstance(found, Labels) else np.zeros((n, width))
                 for found, n in zip(labels, sizes, strict=True)
             ]
         )
@@ -98,8 +91,8 @@ def _join(labels: list[Labels | None], sizes: list[int]) -> dict[str, Any]:
     return {
         "onsite": rows("onsite", N_ONSITE),
         "xtb_forces": rows("forces", 3),
-        "xtb_energy": np.array([0.0 if found is None else found.energy for found in labels]),
-        "labelled": np.array([found is not None for found in labels]),
+        "xtb_energy": np.array([x.energy if isinstance(x, Labels) else 0.0 for x in labels]),
+        "labelled": np.array([isinstance(x, Labels) for x in labels]),
     }
 
 

@@ -13,8 +13,9 @@ References: GFN1-xTB, J. Chem. Theory Comput. 13, 1989 (2017); GFN2-xTB, J. Chem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import tblite.interface as tblite
@@ -33,6 +34,7 @@ KELVIN = 3.166808578545117e-6  # Boltzmann's constant in Hartree/K, as tblite do
 CHARGE_SUM_TOLERANCE = 1e-6  # e; the sum is exact to 1e-13 in a finished calculation
 POPULATION_RANGE = (-0.2, 2.1)  # electrons in one orbital; Mulliken populations may stray from 0..2
 MAX_ATOMIC_CHARGE = 4.0  # e
+TBLITE_MAX_ITER = 250  # tblite's own default
 
 
 class Settings(NamedTuple):
@@ -66,6 +68,14 @@ def version() -> str:
     return ".".join(str(part) for part in library.get_version())
 
 
+class Raw(NamedTuple):
+    """One finished calculation. blocks [n, 10, 10] on-site blocks of PS; energy eV; forces eV/Å."""
+
+    blocks: np.ndarray
+    energy: float
+    forces: np.ndarray
+
+
 def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = DEFAULTS) -> Labels:
     """Orbital-resolved charges (47 on-site components), energy and forces of one structure.
 
@@ -77,11 +87,57 @@ def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = D
     reasons = []
     for note, temperature, damping in _ladder(settings):
         try:
-            result = _singlepoint(structure, method, settings, temperature, damping)
-            return _labels(structure, method, result, note)
-        except (TBLiteRuntimeError, TBLiteValueError, LabelError) as error:
-            reasons.append(f"{note or f'{temperature:g} K'}: {' '.join(str(error).split())}")
+            raw = singlepoint(structure, method, settings, temperature, damping)
+            (labels,) = _accept([structure], [raw], method)
+            if isinstance(labels, Labels):
+                return labels._replace(note=note)
+            error: Exception = labels
+        except (TBLiteRuntimeError, TBLiteValueError) as failure:
+            error = failure
+        reasons.append(f"{note or f'{temperature:g} K'}: {' '.join(str(error).split())}")
     raise LabelError("; ".join(reasons))
+
+
+def label_many(
+    structures: Sequence[Structure],
+    method: str,
+    settings: Settings,
+    begin: Callable[[int], None] = lambda i: None,
+) -> list[Labels | LabelError]:
+    """What ``label`` returns or raises for each structure, with the algebra done for all at once.
+
+    begin(i) is called before each calculation on structure i.
+    """
+    out: list[Labels | LabelError] = []
+    raws: list[Raw | None] = []
+    for i, structure in enumerate(structures):
+        begin(i)
+        try:
+            _refuse(structure, method, settings)
+            raws.append(singlepoint(structure, method, settings, settings.temperature))
+        except (TBLiteRuntimeError, TBLiteValueError, LabelError, MemoryError):
+            raws.append(None)
+    finished = [i for i, raw in enumerate(raws) if raw is not None]
+    accepted = _accept(
+        [structures[i] for i in finished], [r for r in raws if r is not None], method
+    )
+    good = {i: found for i, found in zip(finished, accepted, strict=True)}
+    for i, structure in enumerate(structures):
+        found = good.get(i)
+        if not isinstance(found, Labels):
+            begin(i)
+            found = _with_ladder(structure, method, settings)
+        out.append(found)
+    return out
+
+
+def _with_ladder(structure: Structure, method: str, settings: Settings) -> Labels | LabelError:
+    try:
+        return label(structure, method, settings)
+    except LabelError as error:
+        return error
+    except MemoryError:
+        return LabelError("out of memory")
 
 
 def _ladder(settings: Settings) -> Iterator[tuple[str, float, float | None]]:
@@ -108,14 +164,15 @@ def _refuse(structure: Structure, method: str, settings: Settings) -> None:
             )
 
 
-def _singlepoint(
+def singlepoint(
     structure: Structure,
     method: str,
     settings: Settings,
     temperature: float,
-    damping: float | None,
-) -> Any:
-    periodic = structure.pbc.any()
+    damping: float | None = None,
+) -> Raw:
+    """One tblite calculation, its blocks and forces in the frame of the structure."""
+    periodic = bool(structure.pbc.any())
     calculator = tblite.Calculator(
         method,
         structure.numbers,
@@ -130,81 +187,127 @@ def _singlepoint(
         calculator.add("spin-polarization", 1.0)
     calculator.set("verbosity", 0)
     calculator.set("accuracy", settings.accuracy)
-    calculator.set("max-iter", settings.max_iter)
     calculator.set("temperature", temperature * KELVIN)
     calculator.set("save-integrals", 1)
+    if settings.max_iter != TBLITE_MAX_ITER:
+        calculator.set("max-iter", settings.max_iter)
     if damping is not None:
         calculator.set("mixer-damping", damping)
-    return calculator.singlepoint()
+    result = calculator.singlepoint()
+    density = result.get("density-matrix")
+    if density.ndim == 3:  # spin-up and spin-down
+        density = density.sum(0)
+    return Raw(
+        onsite_blocks(density, result.get("overlap-matrix"), structure.numbers, method),
+        float(result.get("energy")) * units.HARTREE,
+        result.get("gradient")[:, FROM_TBLITE] * -units.HARTREE_PER_BOHR,
+    )
 
 
 def _silence(message: str) -> None:
     """Take tblite's printout; failures come as exceptions."""
 
 
-def _labels(structure: Structure, method: str, result: Any, note: str) -> Labels:
-    density = result.get("density-matrix")
-    if density.ndim == 3:  # spin-up and spin-down
-        density = density.sum(0)
-    blocks = onsite_blocks(density, result.get("overlap-matrix"), structure.numbers, method)
-    forces = -result.get("gradient")[:, FROM_TBLITE] * units.HARTREE_PER_BOHR
-    energy = float(result.get("energy")) * units.HARTREE
-    charges = result.get("charges")
-    _accept(structure, blocks, charges, energy, forces)
-    onsite = orbitals.onsite_from_blocks(blocks, structure.numbers, method)
-    return Labels(onsite, energy, forces, note)
+class _Tables(NamedTuple):
+    """Per element: place [87, 10] of a slot among the atom's orbitals, 0 where absent; their number
+    n_orbitals [87]; present [87, 10, 10] blocks that exist, 1 or 0; reference [87, 47] components
+    of the neutral atom; has [87, 47] components that exist; valence [87] electrons. project:
+    [100, 47], from a block to its components.
+    """
+
+    place: np.ndarray
+    n_orbitals: np.ndarray
+    present: np.ndarray
+    reference: np.ndarray
+    has: np.ndarray
+    valence: np.ndarray
+    project: np.ndarray
+
+
+@cache
+def _tables(method: str) -> _Tables:
+    table = orbitals.shells(method)
+    place = np.zeros((orbitals.MAX_Z + 1, orbitals.N_SLOTS), int)
+    for z, order in enumerate(table.order):
+        place[z, order] = np.arange(len(order))
+    everything = np.arange(orbitals.MAX_Z + 1)
+    nothing = np.zeros((orbitals.MAX_Z + 1, orbitals.N_SLOTS, orbitals.N_SLOTS))
+    mask = table.slot_mask
+    return _Tables(
+        place=place,
+        n_orbitals=mask.sum(1),
+        present=(mask[:, :, None] & mask[:, None, :]).astype(float),
+        reference=orbitals.onsite_from_blocks(nothing, everything, method),
+        has=orbitals.onsite_mask(method).astype(float),
+        valence=table.valence,
+        project=np.ascontiguousarray(orbitals.onsite_basis().reshape(orbitals.N_ONSITE, -1).T),
+    )
 
 
 def onsite_blocks(
     density: np.ndarray, overlap: np.ndarray, numbers: np.ndarray, method: str
 ) -> np.ndarray:
-    """Symmetrised on-site blocks of PS, [n, 10, 10], in slot order; absent slots are 0.
+    """On-site blocks of PS, [n, 10, 10], in slot order, not symmetrised; absent slots hold rubbish.
 
     density, overlap: [n_ao, n_ao] in tblite's orbital order.
     """
-    rows = _orbital_of_slot(numbers, method)  # [n, 10], n_ao where the slot is absent
-    zero = np.zeros((1, density.shape[1]))
-    p = np.concatenate([density, zero])[rows]  # [n, 10, n_ao]
-    s = np.concatenate([overlap, zero])[rows]
-    m = p @ s.transpose(0, 2, 1)
-    return 0.5 * (m + m.transpose(0, 2, 1))
-
-
-def _orbital_of_slot(numbers: np.ndarray, method: str) -> np.ndarray:
-    order = orbitals.shells(method).order
-    slots = [order[z] for z in numbers.tolist()]
-    counts = np.array([len(o) for o in slots])
-    n_orbitals = int(counts.sum())
-    rows = np.full((len(numbers), orbitals.N_SLOTS), n_orbitals)
-    atom = np.repeat(np.arange(len(numbers)), counts)
-    rows[atom, np.concatenate(slots)] = np.arange(n_orbitals)
-    return rows
+    tables = _tables(method)
+    counts = tables.n_orbitals[numbers]
+    rows = tables.place[numbers] + (np.cumsum(counts) - counts)[:, None]  # [n, 10]
+    return density.take(rows, axis=0) @ overlap.take(rows, axis=0).transpose(0, 2, 1)
 
 
 def _accept(
-    structure: Structure,
-    blocks: np.ndarray,
-    charges: np.ndarray,
-    energy: float,
-    forces: np.ndarray,
-) -> None:
-    """Raise LabelError unless the result is finite, conserves charge and is physically possible."""
-    if not (np.isfinite(blocks).all() and np.isfinite(energy) and np.isfinite(forces).all()):
-        raise LabelError("result is not finite")
-    surplus = float(charges.sum()) - structure.total_charge
-    if abs(surplus) > CHARGE_SUM_TOLERANCE:
-        raise LabelError(f"charges sum to {surplus:+.2e} e more than the total charge")
-    largest = int(np.argmax(np.abs(charges)))
-    if abs(charges[largest]) > MAX_ATOMIC_CHARGE:
-        symbol = orbitals.SYMBOLS[structure.numbers[largest]]
-        raise LabelError(
-            f"charge collapse: {charges[largest]:+.1f} e on atom {largest} ({symbol}), "
-            f"at most {MAX_ATOMIC_CHARGE:g} is sane"
-        )
+    structures: Sequence[Structure], raws: Sequence[Raw], method: str
+) -> list[Labels | LabelError]:
+    """Labels from finished calculations; an error in place of those that are not sane.
+
+    Sane is what is finite, conserves charge, and has populations and charges of a possible size.
+    """
+    if not structures:
+        return []
+    tables = _tables(method)
+    numbers = np.concatenate([s.numbers for s in structures])
+    ends = np.cumsum([len(s.numbers) for s in structures])
+    starts = np.concatenate([[0], ends[:-1]])
+    blocks = np.concatenate([raw.blocks for raw in raws])
+    blocks = 0.5 * (blocks + blocks.transpose(0, 2, 1)) * tables.present[numbers]
+    onsite = (tables.reference[numbers] - blocks.reshape(len(blocks), -1) @ tables.project) * (
+        tables.has[numbers]
+    )
     populations = np.einsum("nkk->nk", blocks)
+    charges = tables.valence[numbers] - populations.sum(1)
+    sums = np.add.reduceat(charges, starts) - [s.total_charge for s in structures]
+    lowest = np.minimum.reduceat(populations.min(1), starts)
+    highest = np.maximum.reduceat(populations.max(1), starts)
+    largest = np.maximum.reduceat(np.abs(charges), starts)
+    moving = np.add.reduceat(np.concatenate([raw.forces for raw in raws]).sum(1), starts)
+    finite = np.isfinite(sums + moving + [raw.energy for raw in raws])
     low, high = POPULATION_RANGE
-    if populations.min() < low or populations.max() > high:
-        raise LabelError(
-            f"orbital populations from {populations.min():.2f} to {populations.max():.2f}: "
-            f"{low:g} to {high:g} is sane"
-        )
+    sane = finite & (np.abs(sums) < CHARGE_SUM_TOLERANCE) & (largest < MAX_ATOMIC_CHARGE)
+    sane &= (lowest > low) & (highest < high)
+    out: list[Labels | LabelError] = []
+    for i, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        if sane[i]:
+            out.append(Labels(onsite[start:stop], raws[i].energy, raws[i].forces))
+        elif not finite[i]:
+            out.append(LabelError("result is not finite"))
+        elif largest[i] >= MAX_ATOMIC_CHARGE:
+            atom = int(np.argmax(np.abs(charges[start:stop])))
+            symbol = orbitals.SYMBOLS[numbers[start + atom]]
+            out.append(
+                LabelError(
+                    f"charge collapse: {charges[start + atom]:+.1f} e on atom {atom} ({symbol}), "
+                    f"less than {MAX_ATOMIC_CHARGE:g} is sane"
+                )
+            )
+        elif abs(sums[i]) >= CHARGE_SUM_TOLERANCE:
+            out.append(LabelError(f"charges sum to {sums[i]:+.2e} e more than the total charge"))
+        else:
+            out.append(
+                LabelError(
+                    f"orbital populations from {lowest[i]:.2f} to {highest[i]:.2f}: "
+                    f"{low:g} to {high:g} is sane"
+                )
+            )
+    return out
