@@ -25,6 +25,8 @@ COMMANDS = {
     "demo": "orbq.commands.demo",
     "preprocess": "orbq.commands.preprocess",
     "train": "orbq.commands.train",
+    "evaluate": "orbq.commands.evaluate",
+    "predict": "orbq.commands.predict",
     "doctor": "orbq.commands.doctor",
 }
 

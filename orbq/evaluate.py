@@ -131,6 +131,14 @@ class Evaluation(NamedTuple):
             for (z, shell), (mae, rmse, count) in found.items()
         }
 
+    def count(self, name: str, symbol: str = "") -> int:
+        """Atoms (of one element) that carry a per-atom label."""
+        labelled = self.values[name].mask.any(1)
+        return int((labelled if not symbol else labelled & self._is(symbol)).sum())
+
+    def _is(self, symbol: str) -> np.ndarray:
+        return self.numbers == SYMBOLS.index(symbol)
+
     @property
     def per_atom(self) -> tuple[str, ...]:
         """The labels that ``by_element`` takes."""

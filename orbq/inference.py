@@ -17,12 +17,12 @@ import numpy as np
 
 from orbq import orbitals
 from orbq.data import to_batch
-from orbq.fit import Counted
+from orbq.fit import Counted, configure_jax
 from orbq.models.potential import Params, Prediction, predict
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.prefetch import prefetch
-from orbq.run import Run
+from orbq.run import Run, load, stored_config
 from orbq.schema import Structure
 from orbq.targets import TARGETS
 
@@ -30,6 +30,12 @@ CHUNK_BATCHES = 16  # batches per chunk of a stream: enough to pack well, little
 _GROWTH = 1.25  # of a budget that a later chunk of a stream does not fit
 
 RESOLVED = ("onsite", "density", "orbital")  # targets that hold the ten orbital charges
+
+
+def open_run(path: str | Path) -> Run:
+    """Load a run and set this process's precision and compilation cache as in its training."""
+    configure_jax(stored_config(Path(path)))
+    return load(path)
 
 
 class Predicted(NamedTuple):

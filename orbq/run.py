@@ -8,6 +8,7 @@ forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N,
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxtyping import Array
 
 from orbq import checkpoint
 from orbq.config import Config, config_from_json
-from orbq.errors import InputError
+from orbq.errors import InputError, OrbqError
 from orbq.models.potential import (
     Architecture,
     Constants,
@@ -111,7 +112,7 @@ class Run:
         unknown = sorted(set(structure.numbers.tolist()) - set(self.elements))
         if unknown:
             raise InputError(
-                f"element {', '.join(SYMBOLS[z] for z in unknown)} was not in the training data "
+                f"element {', '.join(map(_symbol, unknown))} was not in the training data "
                 f"of this run, which knows {', '.join(SYMBOLS[z] for z in self.elements)}"
             )
         return structure
@@ -156,6 +157,10 @@ class Run:
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}
         return {"energy": energy, "forces": np.asarray(out.forces), **charges}
+
+
+def _symbol(z: int) -> str:
+    return SYMBOLS[z] if 0 < z < len(SYMBOLS) else f"Z = {z}"
 
 
 # --------------------------------------------------------------------------- on disk
@@ -213,32 +218,55 @@ def read_description(directory: Path) -> dict[str, Any]:
 def load(path: str | Path) -> Run:
     """Load a trained run: its potential with the parameters of the best validation.
 
-    Raises InputError when ``path`` is no run or has no complete checkpoint yet.
+    A run that was trained in float64 is computed in float32, with a warning, unless JAX is told to
+    use float64 before: ``jax.config.update("jax_enable_x64", True)``.
+
+    Raises InputError when ``path`` is no run or has no complete checkpoint yet, OrbqError when its
+    files are damaged.
     """
     directory = Path(path)
     info = read_description(directory)
-    architecture = _architecture(info["architecture"])
-    constants = Constants(
-        elements=tuple(info["constants"]["elements"]),
-        energy_scale=info["constants"]["energy_scale"],
-        avg_num_neighbors=info["constants"]["avg_num_neighbors"],
-        statistics=_statistics(directory / STATISTICS_FILE),
-    )
-    potential = make_potential(architecture, constants)
+    config = stored_config(directory, info)
+    try:
+        potential = make_potential(_architecture(info["architecture"]), _constants(directory, info))
+        references = {n: References.from_json(json.dumps(t)) for n, t in info["references"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, InputError) as error:
+        raise OrbqError(
+            f"{directory}: {RUN_FILE} or {STATISTICS_FILE} is damaged ({type(error).__name__}: "
+            f"{error}); copy the run again, or train again"
+        ) from error
     best = directory / CHECKPOINTS / checkpoint.BEST
     if not best.is_dir():
         raise InputError(
             f"{directory} has no validated parameters yet; let `orbq train` reach its first "
             "validation (training.validate_every)"
         )
-    config = config_from_json(json.dumps(info["config"]), str(directory / RUN_FILE))
-    dtype = jnp.dtype(config.training.precision)
+    wanted = config.training.precision
+    if wanted != str(dtype := jax.dtypes.canonicalize_dtype(wanted)):
+        warnings.warn(
+            f"{directory} was trained in {wanted} and is computed in {dtype}; for {wanted} call "
+            'jax.config.update("jax_enable_x64", True) before loading it',
+            stacklevel=2,
+        )
     template = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(dtype))
     params, _ = checkpoint.restore(best, {"params": template})
-    references = {
-        name: References.from_json(json.dumps(table)) for name, table in info["references"].items()
-    }
     return Run(potential, params["params"], config, references, info)
+
+
+def stored_config(directory: Path, info: Mapping[str, Any] | None = None) -> Config:
+    """The configuration a run was trained with. Raises InputError when it cannot be understood."""
+    info = info or read_description(directory)
+    return config_from_json(json.dumps(info.get("config")), str(directory / RUN_FILE))
+
+
+def _constants(directory: Path, info: Mapping[str, Any]) -> Constants:
+    stored = info["constants"]
+    return Constants(
+        elements=tuple(stored["elements"]),
+        energy_scale=stored["energy_scale"],
+        avg_num_neighbors=stored["avg_num_neighbors"],
+        statistics=_statistics(directory / STATISTICS_FILE),
+    )
 
 
 def _architecture(stored: Mapping[str, Any]) -> Architecture:

@@ -1,4 +1,4 @@
-"""Evaluation against predictions one by one, masks, splits, unknown elements, commands, pictures."""
+"""Evaluation against single predictions; masks, splits, unknown elements, the command, pictures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_run import random_run, train_tiny
+from typer.testing import CliRunner
 
 import orbq
 from orbq import targets
+from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.evaluate import Evaluation, evaluate, is_own, report, split_rows
 from orbq.preprocess.store import Dataset
@@ -150,3 +152,32 @@ def test_missing_labels_are_masked(run, dataset):
 def test_targets_must_be_predicted_by_the_run(run, dataset):
     with pytest.raises(InputError, match="'dft' cannot be evaluated"):
         evaluate(run, dataset, targets=("dft",))
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def orbq_command(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(make_app(), [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def test_evaluate_writes_tables_and_pictures(trained, tmp_path):
+    status, text = orbq_command("evaluate", trained, trained.parent / "data", "--out", tmp_path)
+    assert status == 0, text
+    assert "split test" in text and "meV/Å" in text and "orbital: MAE by element, e" in text
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["split"] == "test" and found["errors"]["forces_mae_meV_per_A"] > 0
+    info = json.loads((trained / "run.json").read_text())
+    assert found["structures"] == info["structures"]["test"]
+    for name in ("", "-energy", "-forces", "-onsite", "-orbital"):
+        picture = tmp_path / f"parity{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_refuses_what_is_no_run(trained, tmp_path):
+    assert orbq_command("evaluate", tmp_path, "tmc")[0] == 2
+    status, text = orbq_command("evaluate", trained, tmp_path / "none")
+    assert status == 2 and "no data set" in text
+    status, text = orbq_command("evaluate", trained, trained.parent / "data", "--split", "tst")
+    assert status == 2 and "train, validation, test, all" in text

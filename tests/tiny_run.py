@@ -10,13 +10,14 @@ import ase
 import jax
 import numpy as np
 
+from orbq import checkpoint
 from orbq.config import parse_config
 from orbq.data import architecture_of
 from orbq.models.potential import Constants, make_potential
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.frames import find_sources, read_frames
 from orbq.preprocess.references import References
-from orbq.run import Run, _smallest_graph
+from orbq.run import CHECKPOINTS, Run, _smallest_graph, save_description
 from orbq.targets import TARGETS, Statistics
 
 MODEL: dict[str, Any] = {
@@ -53,6 +54,21 @@ def random_run(
     element[list(elements)] = -10.0 * np.array(elements)
     energies = References(element, 1.5, True, element != 0)
     return Run(potential, params, config, {"energy": energies}, {"data": []})
+
+
+def save_run(run: Run, directory: Path, **info: Any) -> Path:
+    """The run as training would have left it in ``directory``."""
+    potential = run.potential
+    save_description(
+        directory,
+        run.config,
+        potential.architecture,
+        potential.constants,
+        run.references,
+        {"data": [], **info},
+    )
+    checkpoint.save(directory / CHECKPOINTS / checkpoint.BEST, {"params": run.params}, {})
+    return directory
 
 
 def complexes(n: int, elements: set[int] | None = None) -> list[ase.Atoms]:

@@ -1,0 +1,224 @@
+"""Structure files in, the same structures with a run's predictions out; one after another.
+
+A structure that cannot be predicted is handed on as ``Refused`` and stops no other. Output is
+written beside its final name and moved there when it is complete.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from orbq.errors import InputError
+from orbq.inference import (
+    BatchPredictor,
+    Predicted,
+    atomic_charges,
+    orbital_charges,
+    predict_structures,
+    shell_charges,
+)
+from orbq.preprocess.check import check
+from orbq.preprocess.frames import Frame, Source, read_frames
+from orbq.run import Run
+from orbq.schema import Structure
+from orbq.targets import CHARGE_TARGETS
+
+PARTIAL = ".partial"
+RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+
+class Refused(NamedTuple):
+    """A structure that was not predicted. file, frame: where it was read."""
+
+    file: str
+    frame: int
+    reason: str
+
+
+# --------------------------------------------------------------------------- predictions
+
+
+def annotate(
+    run: Run, sources: Sequence[Source], charges: bool = False, batch_size: int = 16
+) -> Iterator[Atoms | Refused]:
+    """Every structure of the files with its predictions, in their order, in constant memory.
+
+    Energy and forces are set as the calculator's results; with ``charges`` also the atomic charges,
+    and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has them.
+
+    Raises InputError for charges of a run without a charge target, and when a whole file is at
+    fault.
+    """
+    target = charge_target(run) if charges else None
+    predictor = BatchPredictor(run, (target,) if target else ())
+    waiting: deque[Atoms] = deque()
+    refused: deque[Refused] = deque()
+
+    def usable() -> Iterator[Structure]:
+        for source in sources:
+            for frame in read_frames(source):
+                found = _structure(run, source, frame)
+                if isinstance(found, Refused):
+                    refused.append(found)
+                else:
+                    waiting.append(frame.atoms)
+                    yield found
+
+    for predicted in predict_structures(predictor, usable(), batch_size):
+        while refused:
+            yield refused.popleft()
+        yield _annotated(waiting.popleft(), predicted, target)
+    yield from refused
+
+
+def charge_target(run: Run) -> str:
+    """The target that charges are taken from. Raises InputError when the run has none."""
+    for name in CHARGE_TARGETS:
+        if name in run.targets:
+            return name
+    raise InputError(
+        "the run predicts no charges: it was trained with a weight on none of "
+        f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}}; leave --charges out, or train with one"
+    )
+
+
+def _structure(run: Run, source: Source, frame: Frame) -> Structure | Refused:
+    if frame.atoms is None:
+        return Refused(source.name, frame.number, frame.reason)
+    try:
+        structure = run.structure(frame.atoms)
+        # a slab is fine here: only xTB must know the whole periodicity
+        whole = structure.pbc.all() or not structure.pbc.any()
+        reason = check(structure if whole else structure._replace(pbc=np.zeros(3, bool)))
+        run.reference_energy(structure)
+    except InputError as error:
+        reason = str(error)
+    return Refused(source.name, frame.number, reason) if reason else structure
+
+
+def _annotated(atoms: Atoms, predicted: Predicted, target: str | None) -> Atoms:
+    results: dict[str, Any] = {"energy": predicted.energy}
+    results["forces"] = np.asarray(predicted.forces, np.float64)
+    if target is not None:
+        values = predicted.targets[target]
+        results["charges"] = atomic_charges(target, values)
+        for name, derive in (
+            ("orbital_charges", orbital_charges),
+            ("shell_charges", shell_charges),
+        ):
+            if (found := derive(target, values)) is not None:
+                atoms.arrays[name] = found
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+# --------------------------------------------------------------------------- output
+
+
+class Writer:
+    """Writes structures one by one to ``path``; complete only after ``finish``.
+
+    The format follows from the name, as in ASE. extxyz (also .gz, .xz, .bz2), traj and db files
+    are written as the structures come; any other format at the end.
+
+    Raises InputError for a name that ASE knows no format for, or one it cannot write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(path.name + PARTIAL)
+        self.format, self._single = _format(path)
+        self.count = 0
+        self._collected: list[Atoms] = []
+        self._stream: Any = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.unlink(missing_ok=True)
+            self._open()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def _open(self) -> None:
+        if self.format == "extxyz":
+            opener = _COMPRESSED.get(self.path.suffix, open)
+            self._stream = opener(self.partial, "wt", encoding="utf-8")
+        elif self.format == "traj":
+            from ase.io.trajectory import TrajectoryWriter
+
+            self._stream = TrajectoryWriter(str(self.partial))
+        else:
+            self.partial.touch()
+
+    def write(self, atoms: Atoms) -> None:
+        """Add one structure. Raises InputError when the format holds only one."""
+        if self.count and self._single:
+            raise InputError(
+                f"{self.path}: the format {self.format!r} holds one structure: name a file that "
+                "ends in .extxyz, .traj or .db"
+            )
+        self.count += 1
+        if self.format == "extxyz":
+            from ase.io.extxyz import write_xyz
+
+            write_xyz(self._stream, [atoms])
+        elif self.format == "traj":
+            self._stream.write(atoms)
+        elif self.format == "db":
+            from ase.db import connect
+
+            arrays = {n: v for n, v in atoms.arrays.items() if n in RESOLVED_CHARGES}
+            with connect(str(self.partial), type="db") as database:
+                database.write(atoms, data={**_plain(atoms.info), **arrays})
+        else:
+            self._collected.append(atoms)
+
+    def close(self) -> None:
+        """Close the file under its partial name."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def finish(self) -> None:
+        """Close the file and give it its name; without any structure, remove it."""
+        self.close()
+        if not self.count:
+            self.partial.unlink(missing_ok=True)
+            return
+        if self._collected:
+            import ase.io
+
+            ase.io.write(self.partial, self._collected, format=self.format)
+        self.partial.replace(self.path)
+
+
+def _plain(info: dict[str, Any]) -> dict[str, Any]:
+    """What of ``info`` a database takes."""
+    return {k: v for k, v in info.items() if isinstance(v, str | int | float | bool | np.ndarray)}
+
+
+def _format(path: Path) -> tuple[str, bool]:
+    """ASE's name of the format of ``path``, and whether it holds one structure only."""
+    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+
+    try:
+        name = filetype(path.name, read=False)
+        known = ioformats[name]
+    except (KeyError, UnknownFileTypeError):
+        known = None
+    if known is None or not known.can_write:
+        raise InputError(
+            f"{path}: ASE writes no format of that name: end it in .extxyz, .traj, .db, .cif, ..."
+        )
+    if path.suffix in _COMPRESSED and name != "extxyz":
+        raise InputError(f"{path}: only extxyz is written compressed: leave {path.suffix} out")
+    return name, known.single

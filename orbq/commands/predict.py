@@ -1,0 +1,109 @@
+"""``orbq predict``: energies, forces and charges of any structures, into any format ASE writes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from orbq.errors import InputError
+
+if TYPE_CHECKING:
+    from orbq.annotate import Refused
+
+INTERRUPTED = "The structures predicted so far are in the file beside --out that is named .partial."
+SHOWN = 10  # structures that could not be predicted, in the summary
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Directory of a trained run.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Files that ASE reads (.gz, .xz too).")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write; its ending says the format.")
+    ],
+    charges: Annotated[
+        bool,
+        typer.Option(
+            "--charges",
+            help="Also atomic charges and, where the run has them, orbital and shell charges.",
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch, on average.")] = 16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing --out.")
+    ] = False,
+) -> None:
+    """Predict energies (eV) and forces (eV/Å) of every structure, in the order of the input.
+
+    The structures are written with all they came with; energy and forces are those predicted.
+    With --charges: charges [e], and per atom orbital_charges (s, s', p x y z, d in e3nn's order)
+    and shell_charges (s, s', p, d). Total charge and spin multiplicity are read from the input
+    (charge, spin_multiplicity; default: neutral, lowest spin). A structure that cannot be
+    predicted is left out and listed; the others are not affected.
+
+    \b
+    Examples:
+      orbq predict runs/demo mine.xyz --out predicted.extxyz
+      orbq predict runs/demo 'md/*.traj' --out predicted.traj
+      orbq predict runs/demo complexes.extxyz.gz --out charges.extxyz --charges
+    """
+    from orbq.annotate import Refused, Writer, annotate
+    from orbq.inference import open_run
+    from orbq.preprocess.frames import find_sources
+
+    sources = find_sources(inputs)
+    if out.exists() and not overwrite:
+        raise InputError(f"--out {out} exists: name another file, or replace it with --overwrite")
+    loaded = open_run(run)
+    writer = Writer(out)
+    refused: list[Refused] = []
+    with closing(writer), _bar() as bar:
+        task = bar.add_task("", total=None, state="compiling")
+        for item in annotate(loaded, sources, charges, batch_size):
+            if isinstance(item, Refused):
+                refused.append(item)
+            else:
+                writer.write(item)
+            bar.update(task, state=_state(writer.count, len(refused)))
+        writer.finish()
+    _summarise(out, writer.count, refused)
+
+
+def _bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("predicting: {task.fields[state]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _state(written: int, refused: int) -> str:
+    left_out = f", {refused:,} left out" if refused else ""
+    return f"{written:,} structures{left_out}"
+
+
+def _summarise(out: Path, written: int, refused: list[Refused]) -> None:
+    """Say what was written and what was left out, and why. Raises InputError if that was all."""
+    console = Console(highlight=False, soft_wrap=True)
+    if refused:
+        listed = out.with_name(out.name + ".failures.jsonl")
+        lines = [json.dumps(item._asdict()) + "\n" for item in refused]
+        listed.write_text("".join(lines), encoding="utf-8")
+        for item in refused[:SHOWN]:
+            text = f"left out: {item.file} frame {item.frame}: {item.reason}"
+            console.print(Text(text, "yellow"))
+        if len(refused) > SHOWN:
+            console.print(Text(f"... and {len(refused) - SHOWN:,} more; all in {listed}", "yellow"))
+    if not written:
+        raise InputError(f"none of the {len(refused):,} structures could be predicted")
+    console.print(Text(f"{out}: {_state(written, len(refused))}"))

@@ -1,0 +1,134 @@
+"""``orbq predict``: what is written, what is left out, formats, streams."""
+
+from __future__ import annotations
+
+import json
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+from ase.build import molecule
+from tiny_run import complexes, random_run, save_run
+from typer.testing import CliRunner
+
+import orbq
+from orbq.annotate import Refused, Writer, annotate
+from orbq.cli import make_app
+from orbq.errors import InputError
+from orbq.preprocess.frames import find_sources
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The directory of a run."""
+    return save_run(random_run(), tmp_path_factory.mktemp("tiny") / "run")
+
+
+def orbq_command(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(make_app(), [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def structures(tmp_path):
+    """Twelve structures in a file: three of them cannot be predicted."""
+    frames = complexes(9, {1, 6, 7, 8, 22})
+    close = molecule("H2O")
+    close.positions[1] = close.positions[0] + 0.01
+    broken = molecule("H2O")
+    broken.positions[2, 1] = np.nan
+    frames[2:2] = [close, molecule("SO2"), broken]
+    path = tmp_path / "mine.extxyz"
+    ase.io.write(path, frames)
+    return path
+
+
+def test_predict_in_order_and_past_bad_structures(stored, structures, tmp_path):
+    out = tmp_path / "predicted.extxyz"
+    status, text = orbq_command("predict", stored, structures, "--out", out, "--charges")
+    assert status == 0, text
+    assert "9 structures, 3 left out" in text
+    for reason in ("at least 0.4 Å needed", "S was not in the training data", "not finite"):
+        assert reason in text
+    failures = (tmp_path / "predicted.extxyz.failures.jsonl").read_text().splitlines()
+    assert [json.loads(line)["frame"] for line in failures] == [2, 3, 4]
+    given = [a for i, a in enumerate(ase.io.read(structures, ":")) if i not in (2, 3, 4)]
+    found, run = ase.io.read(out, ":"), orbq.load(stored)
+    for before, after in zip(given, found, strict=True):
+        np.testing.assert_array_equal(before.numbers, after.numbers)
+        np.testing.assert_allclose(before.positions, after.positions, atol=1e-8)
+        assert after.info["charge"] == before.info["charge"]
+    for after in (found[0], found[-1]):
+        expected = run.predict(after)
+        assert after.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-3)
+        np.testing.assert_allclose(after.get_forces(), expected["forces"], atol=1e-3)
+        charges = after.arrays["orbital_charges"]
+        assert charges.shape == (len(after), 10)
+        np.testing.assert_allclose(charges.sum(1), after.get_charges(), atol=1e-6)
+        assert after.get_charges().sum() == pytest.approx(after.info["charge"], abs=1e-4)
+
+
+def test_predict_does_not_overwrite(stored, structures, tmp_path):
+    out = tmp_path / "predicted.extxyz.gz"
+    out.write_bytes(b"precious")
+    status, text = orbq_command("predict", stored, structures, "--out", out)
+    assert status == 2 and "--overwrite" in text and out.read_bytes() == b"precious"
+    status, text = orbq_command("predict", stored, structures, "--out", out, "--overwrite")
+    assert status == 0 and len(ase.io.read(out, ":")) == 9
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_predict_refuses_before_computing(stored, structures, tmp_path):
+    status, text = orbq_command("predict", stored, structures, "--out", tmp_path / "a.foo")
+    assert status == 2 and ".extxyz" in text
+    status, text = orbq_command("predict", stored, tmp_path / "no.xyz", "--out", tmp_path / "a.xyz")
+    assert status == 2 and "no such file" in text
+
+
+def test_nothing_but_bad_structures(stored, tmp_path):
+    ase.io.write(tmp_path / "gold.xyz", ase.Atoms("Au"))
+    status, text = orbq_command(
+        "predict", stored, tmp_path / "gold.xyz", "--out", tmp_path / "o.xyz"
+    )
+    assert status == 2 and "Au was not in the training data" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gold.xyz", "o.xyz.failures.jsonl"]
+
+
+def test_charges_need_a_charge_target(structures):
+    with pytest.raises(InputError, match="predicts no charges"):
+        next(annotate(random_run(()), find_sources([structures]), charges=True))
+
+
+def test_streams_in_chunks_with_few_compilations(tmp_path):
+    """More structures than a chunk holds, growing in size."""
+    run = random_run((), lmax=0, n_layers=1, elements=(1, 6))
+    frames = [molecule(n) for n in ("H2", "CH4", "C2H6", "C6H6")]
+    path = tmp_path / "many.xyz"
+    ase.io.write(path, [atoms for atoms in frames for _ in range(20)])
+    found = list(annotate(run, find_sources([path]), batch_size=1))
+    assert not any(isinstance(item, Refused) for item in found)
+    energies = [atoms.get_potential_energy() for atoms in found]
+    for k, atoms in enumerate(frames):
+        expected = run.predict(atoms)["energy"]
+        np.testing.assert_allclose(energies[20 * k : 20 * k + 20], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a.traj", "a.db", "a.cif", "a.xyz.xz"])
+def test_formats(name, tmp_path):
+    writer = Writer(tmp_path / "new" / name)
+    cell = molecule("CH4", cell=(8, 8, 8), pbc=True)
+    for _ in range(3):
+        writer.write(cell.copy())
+    writer.finish()
+    found = ase.io.read(tmp_path / "new" / name, ":")
+    assert [len(atoms) for atoms in found] == [5, 5, 5]
+
+
+def test_a_format_of_one_structure(tmp_path):
+    writer = Writer(tmp_path / "POSCAR")
+    writer.write(molecule("CH4", cell=(8, 8, 8), pbc=True))
+    with pytest.raises(InputError, match="holds one structure"):
+        writer.write(molecule("CH4"))
+    writer.finish()
+    assert len(ase.io.read(tmp_path / "POSCAR")) == 5
