@@ -72,8 +72,8 @@ def make_jobs(out: Path, seeds: int, extra: Sequence[str], arms: Iterable[str]) 
         for arm in arms:
             name = arm.strip("+ ").replace(" ", "-")
             directory = out / f"{name}-seed{seed}"
-            overrides = [*data, *(teaching if arm == "+ unlabelled" else NO_PRETRAINING)]
-            overrides += [*ARMS[arm], *extra, f"training.seed={seed}"]
+            overrides = [*data, *extra, *(teaching if arm == "+ unlabelled" else NO_PRETRAINING)]
+            overrides += [*ARMS[arm], f"training.seed={seed}"]
             overrides += [f"run.directory={_toml(directory)}"]
             jobs.append(Job(arm, seed, directory, tuple(overrides)))
     return jobs
