@@ -170,7 +170,10 @@ def make_potential(architecture: Architecture, constants: Constants) -> Potentia
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
         shapes = jax.tree.map(shape, (positions, graph))
-        return network.lazy_init(key, *shapes, every_head)["params"]
+        params = network.lazy_init(key, *shapes, every_head)["params"]
+        # linen makes dense layers in float32 whatever their inputs are; an update in float64 would
+        # change their type, and the training step would be compiled twice
+        return jax.tree.map(lambda p: p.astype(positions.dtype), params)
 
     def apply(
         params: Params, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...] = ()
