@@ -1,4 +1,4 @@
-"""The main job on the embedded data: label, train three arms side by side, compare on new complexes.
+"""The main job on the embedded data: label, train three arms, compare on unseen complexes.
 
 Every arm has the same network, the same structures with DFT energies and forces, the same number of
 training steps and the same seeds:
