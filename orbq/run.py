@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ RUN_FILE = "run.json"
 STATISTICS_FILE = "statistics.npz"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+# what reading a truncated or edited run.json or .npz raises
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile)
 
 
 class Run:
@@ -67,7 +70,7 @@ class Run:
     ) -> None:
         self.potential, self.params, self.config = potential, params, config
         self.references, self.info = references, info
-        self.energy = energy_fn(potential)
+        self.energy = jax.jit(energy_fn(potential))
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -230,7 +233,7 @@ def load(path: str | Path) -> Run:
     try:
         potential = make_potential(_architecture(info["architecture"]), _constants(directory, info))
         references = {n: References.from_json(json.dumps(t)) for n, t in info["references"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, InputError) as error:
+    except (*_DAMAGED, InputError) as error:
         raise OrbqError(
             f"{directory}: {RUN_FILE} or {STATISTICS_FILE} is damaged ({type(error).__name__}: "
             f"{error}); copy the run again, or train again"

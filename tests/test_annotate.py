@@ -97,11 +97,11 @@ def test_nothing_but_bad_structures(stored, tmp_path):
 
 def test_charges_need_a_charge_target(structures):
     with pytest.raises(InputError, match="predicts no charges"):
-        next(annotate(random_run(()), find_sources([structures]), charges=True))
+        next(annotate(random_run((), lmax=0), find_sources([structures]), charges=True))
 
 
 def test_streams_in_chunks_with_few_compilations(tmp_path):
-    """More structures than a chunk holds, growing in size."""
+    """More structures than a chunk holds, the larger ones last: a new shape is compiled."""
     run = random_run((), lmax=0, n_layers=1, elements=(1, 6))
     frames = [molecule(n) for n in ("H2", "CH4", "C2H6", "C6H6")]
     path = tmp_path / "many.xyz"
@@ -109,8 +109,8 @@ def test_streams_in_chunks_with_few_compilations(tmp_path):
     found = list(annotate(run, find_sources([path]), batch_size=1))
     assert not any(isinstance(item, Refused) for item in found)
     energies = [atoms.get_potential_energy() for atoms in found]
-    for k, atoms in enumerate(frames):
-        expected = run.predict(atoms)["energy"]
+    for k in (0, 3):
+        expected = run.predict(frames[k])["energy"]
         np.testing.assert_allclose(energies[20 * k : 20 * k + 20], expected, atol=1e-4)
 
 

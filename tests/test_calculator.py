@@ -20,7 +20,7 @@ from orbq.schema import Structure
 
 @pytest.fixture(scope="module")
 def run():
-    return random_run()
+    return random_run(("atomic",), lmax=1)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_what_the_run_lacks_is_not_implemented():
     [
         ({"dtype": "float16"}, "float16"),
         ({"skin": -1.0}, "skin"),
-        ({"charge_target": "dft"}, "predicts onsite"),
+        ({"charge_target": "dft"}, "predicts atomic"),
     ],
 )
 def test_bad_options(run, options, message):

@@ -49,11 +49,18 @@ def random_run(
     }
     constants = Constants(tuple(elements), 5.0, 8.0, statistics)
     potential = make_potential(architecture_of(config), constants)
-    params = potential.init(jax.random.key(0), *_smallest_graph(np.float32))
+    shapes = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(np.float32))
+    params = jax.tree.map(lambda leaf: _random(rng, leaf), shapes)
     element = np.zeros(MAX_Z + 1)
     element[list(elements)] = -10.0 * np.array(elements)
     energies = References(element, 1.5, True, element != 0)
     return Run(potential, params, config, {"energy": energies}, {"data": []})
+
+
+def _random(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Numbers that keep features of order one, without compiling any initialiser."""
+    scale = leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 0.1
+    return (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
 
 def save_run(run: Run, directory: Path, **info: Any) -> Path:

@@ -1,0 +1,147 @@
+"""Runs loaded from disk: the public three lines, references, what is refused, damaged files."""
+
+from __future__ import annotations
+
+import json
+
+import ase
+import jax
+import numpy as np
+import pytest
+from ase.build import molecule
+from tiny_run import random_run, save_run
+
+import orbq
+from orbq.errors import InputError, OrbqError
+from orbq.run import RUN_FILE, STATISTICS_FILE
+
+
+@pytest.fixture(scope="module")
+def run():
+    return random_run()
+
+
+@pytest.fixture
+def directory(run, tmp_path):
+    return save_run(run, tmp_path / "run")
+
+
+def test_loaded_as_saved(run, directory):
+    loaded = orbq.load(directory)
+    same = jax.tree.map(np.array_equal, loaded.params, run.params)
+    assert all(jax.tree.leaves(same))
+    assert loaded.potential.architecture == run.potential.architecture
+    assert loaded.config == run.config and loaded.targets == ("onsite",)
+    for name, statistics in run.potential.constants.statistics.items():
+        found = loaded.potential.constants.statistics[name]
+        np.testing.assert_array_equal(found.mean, statistics.mean)
+        np.testing.assert_array_equal(found.scale, statistics.scale)
+    np.testing.assert_array_equal(
+        loaded.references["energy"].element, run.references["energy"].element
+    )
+
+
+def test_three_lines_to_forces(run):
+    atoms = molecule("H2O")
+    positions, graph = run.graph(atoms)
+    forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)
+    predicted = run.predict(atoms)
+    np.testing.assert_allclose(forces, predicted["forces"], atol=1e-5)  # float32
+    np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-4)
+    network = run.energy(run.params, positions, graph)
+    assert predicted["energy"] == pytest.approx(-100.0 + float(network), abs=1e-5)  # 2 H, 1 O
+    assert predicted["onsite"].shape == (3, 47)
+
+
+def test_charge_and_spin_from_info(run):
+    atoms = molecule("H2O")
+    atoms.info.update(total_charge=1, multiplicity=4)
+    structure = run.structure(atoms)
+    assert (structure.total_charge, structure.spin_multiplicity) == (1, 4)
+    del atoms.info["multiplicity"]
+    assert run.structure(atoms).spin_multiplicity == 2  # the lowest of nine electrons
+    assert run.reference_energy(structure) == -100.0 + 1.5
+
+
+@pytest.mark.parametrize(
+    ("atoms", "message"),
+    [
+        (ase.Atoms("Au"), "element Au was not in the training data"),
+        (ase.Atoms("UAu", [[0, 0, 0], [0, 0, 3]]), "Au, Z = 92"),
+        (ase.Atoms("X"), "Z = 0"),
+        (ase.Atoms("O", info={"charge": 0.5}), "charge is 0.5"),
+    ],
+)
+def test_structures_that_are_refused(run, atoms, message):
+    with pytest.raises(InputError, match=message):
+        run.structure(atoms)
+
+
+def test_element_that_charges_alone_have_taught(run):
+    known = run.references["energy"]
+    element = np.array(known.known)
+    element[8] = False
+    partly = orbq.Run(
+        run.potential, run.params, run.config, {"energy": known._replace(known=element)}, {}
+    )
+    with pytest.raises(InputError, match="no energy can be predicted for O"):
+        partly.predict(molecule("H2O"))
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(InputError, match="not a run directory"):
+        orbq.load(tmp_path)
+
+
+def test_before_the_first_validation(directory):
+    (directory / "checkpoints" / "best").rename(directory / "checkpoints" / "other")
+    with pytest.raises(InputError, match="no validated parameters yet"):
+        orbq.load(directory)
+
+
+def test_of_another_version(directory):
+    path = directory / RUN_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run_version": 99}))
+    with pytest.raises(InputError, match="run format 99"):
+        orbq.load(directory)
+
+
+@pytest.mark.parametrize("key", ["architecture", "constants", "references", "config"])
+def test_description_with_a_missing_part(directory, key):
+    path = directory / RUN_FILE
+    info = json.loads(path.read_text())
+    del info[key]
+    path.write_text(json.dumps(info))
+    with pytest.raises(OrbqError, match=RUN_FILE):
+        orbq.load(directory)
+
+
+def test_truncated_files(directory):
+    path = directory / STATISTICS_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OrbqError, match="damaged"):
+        orbq.load(directory)
+
+
+def test_damaged_checkpoint(directory):
+    for path in (directory / "checkpoints" / "best").rglob("*"):
+        if path.is_file() and path.name != "orbq.json":
+            path.write_bytes(b"")
+    with pytest.raises(OrbqError, match="cannot be restored"):
+        orbq.load(directory)
+
+
+def test_float64_is_not_lost_in_silence(run, tmp_path):
+    training = run.config.training.model_copy(update={"precision": "float64"})
+    double = orbq.Run(
+        run.potential,
+        run.params,
+        run.config.model_copy(update={"training": training}),
+        run.references,
+        {},
+    )
+    directory = save_run(double, tmp_path / "double")
+    with pytest.warns(UserWarning, match="jax_enable_x64"):
+        assert orbq.load(directory).graph(molecule("H2O"))[0].dtype == np.float32
+    with jax.enable_x64(True):
+        assert orbq.load(directory).graph(molecule("H2O"))[0].dtype == np.float64
