@@ -14,12 +14,12 @@ computed again and gives the same bytes. ``manifest.json``, written last, makes 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +28,7 @@ import numpy as np
 
 from orbq.errors import InputError
 from orbq.preprocess import store
+from orbq.preprocess.schedule import Plan
 from orbq.preprocess.wire import Message
 from orbq.schema import FAILURES, FIELDS, MANIFEST
 
@@ -109,60 +110,69 @@ class Ledger:
 
     done: finished chunks. failures, notes: by structure. blas: names of the BLAS libraries at work.
 
-    Data is written at once and synchronised before its line enters the journal.
+    The labels of atoms are written at once and synchronised before the chunk's line, which holds
+    the energies, enters the journal; ``finish`` writes what there is one number of per structure.
     """
 
-    def __init__(self, work: Workspace, offsets: np.ndarray) -> None:
-        self._offsets, self._out = offsets, work.out
+    def __init__(self, work: Workspace, offsets: np.ndarray, plan: Plan) -> None:
+        self._offsets, self._out, self._plan = offsets, work.out, plan
+        self._energy = np.zeros(len(offsets) - 1)
+        self._labelled = np.zeros(len(offsets) - 1, bool)
         self.done: set[int] = set()
         self.failures: dict[int, str] = {}
         self.notes: dict[int, str] = {}
         self.blas: set[str] = set()
-        self._files = {name: _allocate(work.out, name, offsets) for name in _label_arrays()}
+        names = [name for field in LABELS for name in (field, f"{field}_mask")]
+        self._files = {name: _allocate(work.out, name, offsets) for name in names}
         self._waiting: list[str] = []
         self._last = time.monotonic()
-        self._replay(work.journal)
-        self._journal = work.journal.open("a", encoding="utf-8")
+        self._journal = self._take_up(work.journal)
 
-    def _replay(self, journal: Path) -> None:
-        """Take up what is in the journal, and cut off a line that a kill left half written."""
-        if not journal.exists():
-            return
+    def _take_up(self, path: Path) -> IO[str]:
+        """Read the journal, cut off a line that a kill left half written, and open it to go on.
+
+        The first line identifies the division into chunks; the journal of another one is dropped.
+        """
+        head = json.dumps({"plan": self._plan.digest()}) + "\n"
         good = 0
-        with journal.open("rb") as lines:
-            for line in lines:
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    break
-                good += len(line)
-                self._note(entry)
-        os.truncate(journal, good)
+        if path.exists():
+            with path.open("rb") as lines:
+                if lines.readline() == head.encode():
+                    good = len(head)
+                    for line in lines:
+                        if (entry := _complete(line)) is None:
+                            break
+                        good += len(line)
+                        self._note(entry)
+            os.truncate(path, good)
+        journal = path.open("a", encoding="utf-8")
+        if not good:
+            journal.write(head)
+        return journal
 
     def _note(self, entry: dict[str, Any]) -> None:
+        members = self._plan.members(entry["chunk"])
+        self._energy[members] = entry["energy"]
+        self._labelled[members] = True
+        self._labelled[[i for i, _ in entry["failures"]]] = False
         self.done.add(entry["chunk"])
         self.failures.update((i, reason) for i, reason in entry["failures"])
         self.notes.update((i, note) for i, note in entry["notes"])
         self.blas.update(entry["blas"])
 
-    def record(self, chunk: int, members: np.ndarray, reply: Message) -> None:
-        """Store the labels of one chunk; members: the structures in the order of the reply."""
-        counts = np.diff(self._offsets)[members] if len(members) else np.zeros(0, int)
-        ends = np.cumsum(counts)
-        labelled = reply.arrays["labelled"]
-        for row, (i, stop, n) in enumerate(
-            zip(members.tolist(), ends.tolist(), counts.tolist(), strict=True)
-        ):
-            atoms = slice(stop - n, stop)
-            self._write("onsite", int(self._offsets[i]), reply.arrays["onsite"][atoms])
-            self._write("xtb_forces", int(self._offsets[i]), reply.arrays["xtb_forces"][atoms])
-            self._write("xtb_energy", i, reply.arrays["xtb_energy"][row : row + 1])
-            for name in LABELS:
-                self._write(f"{name}_mask", i, labelled[row : row + 1])
+    def record(self, chunk: int, reply: Message) -> None:
+        """Store the labels of one chunk."""
+        members = self._plan.members(chunk)
+        first = self._offsets[members].tolist()
+        ends = np.cumsum(self._offsets[members + 1] - self._offsets[members]).tolist()
+        for name in ("onsite", "xtb_forces"):
+            rows, begin = reply.arrays[name], 0
+            for row, end in zip(first, ends, strict=True):
+                self._write(name, row, rows[begin:end])
+                begin = end
         entry = {
             "chunk": chunk,
+            "energy": reply.arrays["xtb_energy"].tolist(),
             "failures": [(int(members[i]), reason) for i, reason in reply.note["failures"]],
             "notes": [(int(members[i]), note) for i, note in reply.note["notes"]],
             "blas": reply.note["blas"],
@@ -176,7 +186,8 @@ class Ledger:
         descriptor, start, row_bytes = self._files[name]
         data = values.tobytes()
         if os.pwrite(descriptor, data, start + row * row_bytes) != len(data):
-            raise OSError(28, "no room left", str(store.array_file(self._out, name)))
+            path = store.array_file(self._out, name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def commit(self) -> None:
         """Bring everything recorded so far to the disk, then into the journal."""
@@ -189,6 +200,14 @@ class Ledger:
             self._waiting = []
         self._last = time.monotonic()
 
+    def finish(self) -> None:
+        """Write energies and masks of all structures."""
+        self._write("xtb_energy", 0, self._energy)
+        for name in LABELS:
+            self._write(f"{name}_mask", 0, self._labelled)
+        for descriptor, _, _ in self._files.values():
+            os.fsync(descriptor)
+
     def close(self) -> None:
         """Close the files; what is not committed is computed again by the next run."""
         for descriptor, _, _ in self._files.values():
@@ -196,8 +215,12 @@ class Ledger:
         self._journal.close()
 
 
-def _label_arrays() -> Iterable[str]:
-    return [name for field in LABELS for name in (field, f"{field}_mask")]
+def _complete(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line of the journal, None if it was not written to its end."""
+    try:
+        return dict(json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _allocate(out: Path, name: str, offsets: np.ndarray) -> tuple[int, int, int]:

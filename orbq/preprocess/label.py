@@ -22,7 +22,7 @@ from orbq.preprocess.frames import Source, find_sources
 from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.manifest import write_manifest
 from orbq.preprocess.read import FIRST_FOUND, Keys, Reader, named_values
-from orbq.preprocess.schedule import Pool, Resources, check_resources, costs, open_pool, plan
+from orbq.preprocess.schedule import Plan, Pool, Resources, check_resources, costs, open_pool, plan
 from orbq.preprocess.stage import Staged, stage
 from orbq.preprocess.store import Dataset
 from orbq.schema import MANIFEST, SCHEMA_VERSION
@@ -203,18 +203,6 @@ def _read(
 # --------------------------------------------------------------------------- label
 
 
-class _Work(NamedTuple):
-    """The arrays that labelling reads, and its chunks."""
-
-    arrays: dict[str, np.ndarray]
-    order: np.ndarray
-    bounds: np.ndarray
-    cost: np.ndarray  # [C + 1] cumulated over chunks
-
-    def members(self, chunk: int) -> np.ndarray:
-        return self.order[self.bounds[chunk] : self.bounds[chunk + 1]]
-
-
 def _label(
     work: Workspace,
     staged: Staged,
@@ -225,26 +213,24 @@ def _label(
     names = (store.OFFSETS, *wire.PER_ATOM, *wire.PER_STRUCTURE)
     arrays = {name: np.load(store.array_file(work.out, name), mmap_mode="r") for name in names}
     offsets = np.array(arrays[store.OFFSETS])
-    cost = costs(arrays["numbers"], offsets, recipe.method)
-    order, bounds = plan(cost)
-    total = np.concatenate([[0.0], np.cumsum(cost[order])])[bounds]
-    todo = _Work({**arrays, store.OFFSETS: offsets}, order, bounds, total)
-    ledger = Ledger(work, offsets)
+    chunks = plan(costs(arrays["numbers"], offsets, recipe.method))
+    ledger = Ledger(work, offsets, chunks)
+    sizes, whole = np.diff(chunks.bounds), chunks.cost.sum()
 
     def tell() -> None:
-        chunks = np.array(sorted(ledger.done), int)
-        done = int((bounds[chunks + 1] - bounds[chunks]).sum())
-        share = float((total[chunks + 1] - total[chunks]).sum() / total[-1])
+        done = np.array(list(ledger.done), int)
+        n, share = int(sizes[done].sum()), float(chunks.cost[done].sum() / whole)
         failed = len(ledger.failures)
-        on_progress(Progress("label", done, staged.structures, share, staged.rejected, failed))
+        on_progress(Progress("label", n, staged.structures, share, staged.rejected, failed))
 
     try:
         tell()
-        left = [c for c in range(len(bounds) - 1) if c not in ledger.done]
+        left = [c for c in range(len(sizes)) if c not in ledger.done]
         if left:
+            inputs = {**arrays, store.OFFSETS: offsets}
             with open_pool(resources) as pool:
-                _run(left, todo, _Calls(pool, recipe, resources), ledger, tell)
-        ledger.commit()
+                _run(left, _Calls(pool, recipe, resources, inputs, chunks), ledger, tell)
+        ledger.finish()
     finally:
         ledger.close()
     return ledger
@@ -253,17 +239,26 @@ def _label(
 class _Calls:
     """Submits chunks to a pool, and counts how often the pool lost one."""
 
-    def __init__(self, pool: Pool, recipe: Recipe, resources: Resources) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        recipe: Recipe,
+        resources: Resources,
+        arrays: dict[str, np.ndarray],
+        chunks: Plan,
+    ) -> None:
         self.pool, self.recipe, self.resources = pool, recipe, resources
+        self.arrays, self.chunks = arrays, chunks
         self._lost: Counter[int] = Counter()
 
-    def submit(self, todo: _Work, chunk: int) -> Future[bytes]:
+    def submit(self, chunk: int) -> Future[bytes]:
+        """Begin a chunk."""
         note = {
             "method": self.recipe.method,
             "settings": self.recipe.settings._asdict(),
             "timeout": self.resources.timeout,
         }
-        arrays = wire.select(todo.arrays, todo.members(chunk).tolist())
+        arrays = wire.select(self.arrays, self.chunks.members(chunk))
         data = wire.pack(wire.Message(arrays, note))
         spec = supervise.Spec(supervise.WORKER, self.resources.blas)
         return self.pool.executor.submit(supervise.label_chunk, data, spec)
@@ -287,9 +282,7 @@ class _Calls:
             ) from error
 
 
-def _run(
-    left: list[int], todo: _Work, calls: _Calls, ledger: Ledger, tell: Callable[[], None]
-) -> None:
+def _run(left: list[int], calls: _Calls, ledger: Ledger, tell: Callable[[], None]) -> None:
     """Keep the pool busy until every chunk is in the ledger; memory is bounded by the pool."""
     waiting: dict[Future[bytes], int] = {}
     queue, told = iter(left), time.monotonic()
@@ -300,15 +293,15 @@ def _run(
                 chunk = next(queue, None)
                 exhausted = chunk is None
                 if chunk is not None:
-                    waiting[calls.submit(todo, chunk)] = chunk
+                    waiting[calls.submit(chunk)] = chunk
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 chunk = waiting.pop(future)
                 reply = calls.result(future, chunk)
                 if reply is None:
-                    waiting[calls.submit(todo, chunk)] = chunk
+                    waiting[calls.submit(chunk)] = chunk
                 else:
-                    ledger.record(chunk, todo.members(chunk), reply)
+                    ledger.record(chunk, reply)
             if time.monotonic() - told > 0.2:
                 told = time.monotonic()
                 tell()

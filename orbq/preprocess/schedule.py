@@ -6,6 +6,7 @@ process on this machine, or a Dask cluster whose workers do the same.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -63,8 +64,28 @@ def costs(numbers: np.ndarray, offsets: np.ndarray, method: str) -> np.ndarray:
     return OVERHEAD + PER_ORBITAL * n_orbitals**EXPONENT
 
 
-def plan(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks as (order [S], bounds [C + 1]): chunk c holds structures order[bounds[c]:bounds[c+1]].
+class Plan(NamedTuple):
+    """Division of S structures into C chunks: order [S], bounds [C + 1], cost [C] in seconds.
+
+    Chunk c holds the structures ``order[bounds[c]:bounds[c + 1]]``.
+    """
+
+    order: np.ndarray
+    bounds: np.ndarray
+    cost: np.ndarray
+
+    def members(self, chunk: int) -> np.ndarray:
+        """The structures of a chunk."""
+        return self.order[self.bounds[chunk] : self.bounds[chunk + 1]]
+
+    def digest(self) -> str:
+        """Identifies the division."""
+        arrays = (self.order.astype("<i8"), self.bounds.astype("<i8"))
+        return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+
+
+def plan(cost: np.ndarray) -> Plan:
+    """Divide structures of these costs [S] into chunks of similar cost.
 
     The most expensive structures come first. Depends on the costs alone, so that an interrupted job
     finds the same chunks again on any number of workers.
@@ -77,7 +98,7 @@ def plan(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start = bounds[-1]
         stop = int(np.searchsorted(total, total[start] + limit, side="right")) - 1
         bounds.append(min(max(stop, start + 1), len(order)))
-    return order, np.array(bounds)
+    return Plan(order, np.array(bounds), np.diff(total[bounds]))
 
 
 def check_resources(resources: Resources) -> None:

@@ -23,6 +23,7 @@ from orbq.errors import OrbqError
 from orbq.orbitals import N_ONSITE
 from orbq.preprocess import wire
 from orbq.preprocess.blas import environment, find_blas
+from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.wire import IDLE, POSITION
 
 WORKER = (sys.executable, "-m", "orbq.preprocess.worker")
@@ -206,7 +207,7 @@ def _call(
     process = STABLE.borrow(spec, fresh=alone)
     alive = False
     try:
-        arrays = wire.select(request.arrays, chosen)
+        arrays = wire.select(request.arrays, np.array(chosen))
         reply = process.call(wire.Message(arrays, request.note))
         alive = not alone  # what has just survived a dangerous structure is not used again
         return reply
@@ -230,7 +231,7 @@ def _assemble(
     arrays |= {"xtb_energy": np.zeros(n), "labelled": np.zeros(n, bool)}
     notes: list[tuple[int, str]] = []
     for chosen, reply in parts:
-        rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+        rows = ragged_rows(offsets[chosen], np.diff(offsets)[chosen])
         for name in shapes:
             arrays[name][rows] = reply.arrays[name]
         for name in ("xtb_energy", "labelled"):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from orbq.preprocess.flat import ragged_rows
 from orbq.schema import Structure
 
 _LENGTH = struct.Struct("<Q")
@@ -86,11 +88,11 @@ def structures(arrays: dict[str, np.ndarray]) -> list[Structure]:
     return pieces
 
 
-def select(arrays: dict[str, np.ndarray], chosen: list[int]) -> dict[str, np.ndarray]:
-    """The request for the structures ``chosen`` of another request."""
-    offsets = arrays["offsets"]
-    counts = np.diff(offsets)[chosen]
-    rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+def select(arrays: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """The request for the structures ``chosen`` of a data set's arrays or of another request."""
+    starts = arrays["offsets"][chosen]
+    counts = arrays["offsets"][chosen + 1] - starts
+    rows = ragged_rows(starts, counts)
     picked = {name: arrays[name][rows] for name in PER_ATOM}
     picked |= {name: arrays[name][chosen] for name in PER_STRUCTURE}
     return {"offsets": np.concatenate([[0], np.cumsum(counts)]), **picked}

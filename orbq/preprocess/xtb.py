@@ -281,8 +281,9 @@ def _accept(
     lowest = np.minimum.reduceat(populations.min(1), starts)
     highest = np.maximum.reduceat(populations.max(1), starts)
     largest = np.maximum.reduceat(np.abs(charges), starts)
-    moving = np.add.reduceat(np.concatenate([raw.forces for raw in raws]).sum(1), starts)
-    finite = np.isfinite(sums + moving + [raw.energy for raw in raws])
+    pulled = np.isfinite(np.concatenate([raw.forces for raw in raws])).all(1)
+    finite = np.logical_and.reduceat(pulled, starts)
+    finite &= np.isfinite(sums + [raw.energy for raw in raws])
     low, high = POPULATION_RANGE
     sane = finite & (np.abs(sums) < CHARGE_SUM_TOLERANCE) & (largest < MAX_ATOMIC_CHARGE)
     sane &= (lowest > low) & (highest < high)
