@@ -79,7 +79,7 @@ def test_shells_have_the_field_s_landmarks():
 
 
 @pytest.mark.parametrize("l", range(5))
-def test_solid_harmonics_are_those_of_e3nn(l):  # noqa: E741
+def test_solid_harmonics_are_those_of_e3nn(l):
     points = np.random.default_rng(0).normal(size=(20, 3))
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     with jax.enable_x64(True):
@@ -99,7 +99,7 @@ def test_rotation_matrices_are_those_of_e3nn():
 
 
 @pytest.mark.parametrize("l", range(5))
-def test_rotation_matrices_are_a_representation(l):  # noqa: E741
+def test_rotation_matrices_are_a_representation(l):
     a, b = random_rotation(0), random_rotation(1)
     da, db = orb.rotation_matrix(l, a), orb.rotation_matrix(l, b)
     np.testing.assert_allclose(da @ da.T, np.eye(2 * l + 1), atol=EXACT)

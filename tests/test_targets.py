@@ -137,13 +137,14 @@ def test_normalised_columns_have_mean_zero_and_unit_size(name):
     mean, scale = statistics(target, moments(target, NUMBERS, values, mask))
     u = (values - mean[NUMBERS]) / scale[NUMBERS]
     for z in (1, 6, 26):
+        rows = z == NUMBERS
         for shell in range(len(target.shell_names)):
             columns = target.shell == shell
-            some = u[NUMBERS == z][:, columns][mask[NUMBERS == z][:, columns]]
+            some = u[rows][:, columns][mask[rows][:, columns]]
             if some.size:
                 assert np.mean(some**2) == pytest.approx(1.0, abs=1e-10)
             central = columns & target.has_mean
-            some = u[NUMBERS == z][:, central][mask[NUMBERS == z][:, central]]
+            some = u[rows][:, central][mask[rows][:, central]]
             if some.size:
                 assert np.mean(some) == pytest.approx(0.0, abs=1e-10)
 
