@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from memory_dataset import MemoryDataset, random_molecules
 
 from orbq.errors import InputError
-from orbq.preprocess import pack as pack_module
+from orbq.preprocess import gather
 from orbq.preprocess.neighbors import molecule_edges, neighbor_list
 from orbq.preprocess.pack import Budget, Packer, Part, Pool, fill, measure_budget, prefetch
 from orbq.preprocess.plan import choose_budget, fill_rates, make_plan
@@ -371,18 +372,36 @@ def test_bad_targets_and_pools(pool, dataset):
         Pool([Part(dataset, np.array([0, 62]))], CUTOFF)
 
 
-def test_memory_mapped_data_set_gives_the_same_batches(tmp_path, monkeypatch):
-    """Also while pages are given back after every structure."""
-    structures = [*random_molecules([3, 8, 5, 13, 2]), *crystals()]
-    monkeypatch.setattr(pack_module, "_RELEASE_ABOVE", 0)
-    monkeypatch.setattr(pack_module, "_RELEASE_EVERY", 1)
+@pytest.mark.parametrize("read_above", [0, 10**9])
+def test_data_set_on_disk_gives_the_same_batches(tmp_path, monkeypatch, read_above):
+    """Read from its files (what is done with large arrays) or through the mapping."""
+    structures = [*random_molecules([3, 8, 1, 13, 2]), *crystals()]
+    monkeypatch.setattr(gather, "READ_ABOVE", read_above)
     packers = [
         make_packer(Pool([Part(data)], CUTOFF), 2)
         for data in (MemoryDataset(structures), MemoryDataset(structures).save(tmp_path / "data"))
     ]
-    assert packers[1]._mapped and not packers[0]._mapped
+    reads = [packer._gather[0]["onsite"]._file is not None for packer in packers]
+    assert reads == [False, read_above == 0]
     for a, b in zip(*(p.epoch(0) for p in packers), strict=True):
         assert_same(a, b)
+
+
+def test_pieces_of_a_mapped_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gather, "READ_ABOVE", 0)
+    whole = np.arange(40.0).reshape(20, 2)
+    np.save(tmp_path / "a.npy", whole)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    pieces = gather.span(np.array([7, 0, 7]), np.array([2, 3, 0]))
+    expected = whole[[7, 8, 0, 1, 2]]
+    for array in (whole, mapped, np.asarray(mapped), mapped[:10], mapped[:, :1], mapped[::-1]):
+        reader = gather.Gatherer(array)
+        assert np.array_equal(reader(pieces), np.asarray(array)[pieces.rows])
+    reader = gather.Gatherer(mapped)
+    assert reader._file is not None and np.array_equal(reader(pieces), expected)
+    os.truncate(tmp_path / "a.npy", mapped.offset + 8)
+    with pytest.raises(OSError, match=r"a\.npy: ended before"):
+        reader(pieces)
 
 
 def test_fill_of_batches_is_the_fill_of_the_plan(pool):

@@ -31,21 +31,11 @@ def release(array: np.ndarray) -> None:
     They stay in the page cache and are mapped again on the next read, so this bounds the resident
     memory of a process that reads a data set larger than memory. Does nothing for other arrays.
     """
-    mapped = _mapped_file(array)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def is_mapped(array: np.ndarray) -> bool:
-    """Whether the array's values lie in a memory-mapped file."""
-    return _mapped_file(array) is not None
-
-
-def _mapped_file(array: np.ndarray) -> mmap.mmap | None:
     base: Any = array
     while isinstance(base, np.ndarray | memoryview):
         base = base.base if isinstance(base, np.ndarray) else base.obj
-    return base if isinstance(base, mmap.mmap) else None
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class FlatWriter:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
-from orbq.preprocess.flat import is_mapped, ragged_rows, release
+from orbq.preprocess.gather import Gatherer, Span, span
 from orbq.preprocess.plan import Budget, Fill, check_fits, choose_budget, fill_rates, make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
 from orbq.preprocess.prefetch import prefetch
@@ -29,8 +29,6 @@ __all__ = [
 
 ENERGIES = ("energy", "xtb_energy")  # their reference energies are subtracted
 _RAW = ("energy", "forces", "stress", "xtb_energy", "xtb_forces")  # fields that are targets as such
-_RELEASE_ABOVE = 1 << 28  # bytes of mapped arrays from which resident pages are given back
-_RELEASE_EVERY = 1024  # structures read between two releases
 
 
 class PackedBatch(NamedTuple):
@@ -80,18 +78,17 @@ def fill(batch: PackedBatch) -> Fill:
 class _Place(NamedTuple):
     """Where the structures of one part go in a batch, and where they come from.
 
-    part: index in the pool. rows: [m] structures, atoms: [n] atoms of its data set.
-    structures, nodes, edges: slices of the batch. n_node, n_edge: [m] sizes.
+    part: index in the pool. rows: [m] structures of its data set; atoms, near: their atoms and
+    edges in its flat arrays. structures, nodes, edges: slices of the batch.
     """
 
     part: int
     rows: np.ndarray
-    atoms: np.ndarray
+    atoms: Span
+    near: Span
     structures: slice
     nodes: slice
     edges: slice
-    n_node: np.ndarray
-    n_edge: np.ndarray
 
 
 class Packer:
@@ -121,8 +118,7 @@ class Packer:
             _check_target(name, self.references)
         check_fits(pool.n_nodes, pool.n_edges, budget)
         self._arrays = [_plain(part.dataset.arrays) for part in pool.parts]
-        self._mapped = self._mapped_arrays()
-        self._read = 0
+        self._gather = [self._gatherers(p) for p in range(len(pool.parts))]
 
     # ----------------------------------------------------------------- which structures
 
@@ -197,14 +193,14 @@ class Packer:
             sizes[m] = padded - real.sum()
         for part, some, rows in self.pool.split(items):
             a, b = some.start, some.stop
-            atoms = ragged_rows(self._arrays[part]["offsets"][rows], n_node[a:b])
+            atoms = span(self._arrays[part]["offsets"][rows], n_node[a:b])
+            near = span(self.pool.edges[part].offsets[rows], n_edge[a:b])
             nodes, edges = slice(node_ends[a], node_ends[b]), slice(edge_ends[a], edge_ends[b])
-            place = _Place(part, rows, atoms, some, nodes, edges, n_node[a:b], n_edge[a:b])
+            place = _Place(part, rows, atoms, near, some, nodes, edges)
             self._put_inputs(batch, place)
             self._put_edges(batch, place, node_ends[a:b])
             for name in self.targets:
                 self._put_target(batch, place, name)
-        self._release(m)
         return batch
 
     def _empty(self) -> PackedBatch:
@@ -235,26 +231,24 @@ class Packer:
         )
 
     def _put_inputs(self, batch: PackedBatch, place: _Place) -> None:
-        arrays = self._arrays[place.part]
-        batch.positions[place.nodes] = arrays["positions"][place.atoms]
-        batch.numbers[place.nodes] = arrays["numbers"][place.atoms]
+        arrays, gather = self._arrays[place.part], self._gather[place.part]
+        batch.positions[place.nodes] = gather["positions"](place.atoms)
+        batch.numbers[place.nodes] = gather["numbers"](place.atoms)
         batch.total_charge[place.structures] = arrays["total_charge"][place.rows]
         batch.spin_multiplicity[place.structures] = arrays["spin_multiplicity"][place.rows]
         if "cell" in arrays:
             batch.cell[place.structures] = arrays["cell"][place.rows]
 
     def _put_edges(self, batch: PackedBatch, place: _Place, first_node: np.ndarray) -> None:
-        near = self.pool.edges[place.part]
-        rows = ragged_rows(near.offsets[place.rows], place.n_edge)
-        base = np.repeat(first_node, place.n_edge)
-        batch.senders[place.edges] = base + near.senders[rows]
-        batch.receivers[place.edges] = base + near.receivers[rows]
-        if near.images is None:
-            batch.shifts[place.edges] = 0.0
-        else:
-            cell = self._arrays[place.part]["cell"][place.rows]
-            cell = np.repeat(cell, place.n_edge, axis=0)
-            batch.shifts[place.edges] = np.einsum("ei,eij->ej", near.images[rows], cell)
+        gather, n_edge = self._gather[place.part], place.near.counts
+        base = np.repeat(first_node, n_edge)
+        batch.senders[place.edges] = base + gather["/senders"](place.near)
+        batch.receivers[place.edges] = base + gather["/receivers"](place.near)
+        batch.shifts[place.edges] = 0.0
+        if "/images" in gather:
+            cell = np.repeat(self._arrays[place.part]["cell"][place.rows], n_edge, axis=0)
+            images = gather["/images"](place.near)
+            batch.shifts[place.edges] = np.einsum("ei,eij->ej", images, cell)
 
     def _put_target(self, batch: PackedBatch, place: _Place, name: str) -> None:
         """Write one target and its mask; both stay 0 and False where a structure lacks it."""
@@ -263,14 +257,16 @@ class Packer:
         labelled = np.logical_and.reduce([part_labels(part, place.rows, f) for f in fields])
         if not labelled.any():
             return
-        to, rows = place.structures, place.rows
+        n_node, to = place.atoms.counts, place.structures
         if FIELDS[fields[0]].per == "atom":
-            to, rows, labelled = place.nodes, place.atoms, np.repeat(labelled, place.n_node)
-        values = {field: arrays[field][rows] for field in fields}
+            to, labelled = place.nodes, np.repeat(labelled, n_node)
+            values = {field: self._gather[place.part][field](place.atoms) for field in fields}
+        else:
+            values = {field: arrays[field][place.rows] for field in fields}
         numbers = batch.numbers[place.nodes]
         if name in ENERGIES:
             charge = arrays["total_charge"][place.rows]
-            result = values[name] - self.references[name].of_many(numbers, place.n_node, charge)
+            result = values[name] - self.references[name].of_many(numbers, n_node, charge)
             mask = labelled
         elif name in _RAW:
             result, mask = values[name], labelled
@@ -282,6 +278,16 @@ class Packer:
         spread = mask.reshape(mask.shape + (1,) * (result.ndim - mask.ndim))
         batch.targets[name][to] = np.where(spread, result, 0.0)
 
+    def _gatherers(self, part: int) -> dict[str, Gatherer]:
+        """What reads the per-atom arrays of a part that batches need, and (with "/") its edges."""
+        arrays, near = self._arrays[part], self.pool.edges[part]
+        names = {"positions", "numbers"}.union(*(_fields(name) for name in self.targets))
+        atoms = {n: a for n, a in arrays.items() if n in names and FIELDS[n].per == "atom"}
+        edges = {"/senders": near.senders, "/receivers": near.receivers}
+        if near.images is not None:
+            edges["/images"] = near.images
+        return {name: Gatherer(array) for name, array in {**atoms, **edges}.items()}
+
     def _check_batch(self, items: np.ndarray) -> None:
         wanted = self.pool.n_nodes[items].sum(), self.pool.n_edges[items].sum(), len(items)
         if any(w > size - 1 for w, size in zip(wanted, self.budget, strict=True)):
@@ -289,27 +295,6 @@ class Packer:
                 f"{wanted[2]} structures with {wanted[0]} atoms and {wanted[1]} edges do not fit"
                 f" {self.budget} less its padding: pack fewer, or use the batches of plan(epoch)"
             )
-
-    def _release(self, n_structures: int) -> None:
-        """Bound the resident memory of data sets that lie on disk and are large."""
-        self._read += n_structures
-        if self._mapped and self._read >= _RELEASE_EVERY:
-            self._read = 0
-            for array in self._mapped:
-                release(array)
-
-    def _mapped_arrays(self) -> list[np.ndarray]:
-        """The mapped arrays that batches read; none if they are small enough to stay resident."""
-        names = {"positions", "numbers", "cell"}
-        for name in self.targets:
-            names.update(_fields(name))
-        found = {}
-        for arrays, near in zip(self._arrays, self.pool.edges, strict=True):
-            used = [arrays[name] for name in names if name in arrays]
-            used += [near.senders, near.receivers] + ([] if near.images is None else [near.images])
-            found.update({id(array): array for array in used if is_mapped(array)})
-        large = sum(array.nbytes for array in found.values()) > _RELEASE_ABOVE
-        return list(found.values()) if large else []
 
 
 def _plain(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
