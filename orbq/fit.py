@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ from orbq.metrics import add_sums, from_sums
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
-from orbq.preprocess.pool import Pool
 from orbq.preprocess.prefetch import prefetch
 from orbq.run import CHECKPOINTS, METRICS, RUN_FILE, save_description
-from orbq.train import Hyper, TrainState, make_evaluate, make_init, make_train_step
+from orbq.stages import Stage, make_stages
+from orbq.train import TrainState, make_evaluate, make_init, make_train_step
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
 
@@ -53,19 +53,6 @@ class Silent:
     def validated(self, record: dict[str, Any]) -> None: ...
 
 
-class Stage(NamedTuple):
-    """One part of a run. pool: its structures, the first n_labelled each once an epoch, so many of
-    the others that they are ``share`` of them. terms: loss terms. hyper: traced settings."""
-
-    name: str
-    n_steps: int
-    pool: Pool
-    n_labelled: int
-    share: float
-    terms: tuple[str, ...]
-    hyper: Hyper
-
-
 @dataclass
 class Progress:
     """Where a run is, beside its arrays; JSON in every checkpoint.
@@ -83,44 +70,6 @@ class Progress:
     counted: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-
-
-def make_stages(config: Config, data: TrainingData) -> list[Stage]:
-    """The stages of a run: pre-training on every structure's charges, then everything."""
-    training = config.training
-    train, teaching = data.pools["train"], data.pools.get("teaching", data.pools["train"])
-    stages = []
-    auxiliary = tuple(n for n in data.spec.terms if n not in ("energy", "forces"))
-    if training.pretrain_steps:
-        hyper = _hyper(config, training.pretrain_steps, training.pretrain_learning_rate)
-        n = len(teaching)
-        stages.append(
-            Stage("pretrain", training.pretrain_steps, teaching, n, 0.0, auxiliary, hyper)
-        )
-    share = training.unlabelled_share
-    pool = teaching if share > 0 else train
-    hyper = _hyper(config, training.n_steps, training.learning_rate)
-    stages.append(Stage("train", training.n_steps, pool, len(train), share, data.spec.terms, hyper))
-    return stages
-
-
-def _hyper(config: Config, n_steps: int, rate: float) -> Hyper:
-    training = config.training
-    dtype = jnp.dtype(training.precision)
-
-    def number(x: float) -> jax.Array:
-        return jnp.asarray(x, dtype)
-
-    return Hyper(
-        weights={n: number(w) for n, w in config.loss.weights.model_dump().items() if w > 0},
-        learning_rate=number(rate),
-        warmup_steps=number(min(training.warmup_steps, n_steps)),
-        n_steps=number(n_steps),
-        final_fraction=number(training.final_learning_rate_fraction),
-        clip_norm=number(training.clip_norm),
-        ema_decay=number(training.ema_decay),
-        weight_decay=number(training.weight_decay),
-    )
 
 
 class Counted:
