@@ -7,9 +7,9 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +80,10 @@ def preprocess(
     check_resources(resources)
     reader = _reader(inputs, recipe.keys)
     work = Workspace(Path(out))
-    try:
-        identity = _identity(reader, recipe)
-        if finished := _finished(work, identity):
-            return finished
+    identity = _identity(reader, recipe)
+    if finished := _finished(work, identity):
+        return finished
+    with _told_when_full(work.out):
         work.acquire()
         try:
             staged = _read(reader, work, recipe.method, identity, on_progress)
@@ -92,16 +92,23 @@ def preprocess(
             write_manifest(work, _sources(reader), identity, staged, ledger)
             work.finish()
             on_progress(_progress("done", staged, ledger))
-            return Dataset.open(work.out)
         finally:
             work.release()
+    return Dataset.open(work.out)
+
+
+@contextmanager
+def _told_when_full(out: Path) -> Iterator[None]:
+    """Turn the error of a full disk into one that says what to do."""
+    try:
+        yield
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise OrbqError(
-                f"{out}: no room left on the disk ({error.strerror}); what is finished is kept: "
-                "make room and run the same command again to go on"
-            ) from error
-        raise
+        if error.errno not in NO_ROOM:
+            raise
+        raise OrbqError(
+            f"{out}: no room left on the disk ({error.strerror}); what is finished is kept: "
+            "make room and run the same command again to go on"
+        ) from error
 
 
 def _progress(phase: str, staged: Staged, ledger: Ledger) -> Progress:

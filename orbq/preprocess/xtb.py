@@ -260,10 +260,7 @@ def onsite_blocks(
 def _accept(
     structures: Sequence[Structure], raws: Sequence[Raw], method: str
 ) -> list[Labels | LabelError]:
-    """Labels from finished calculations; an error in place of those that are not sane.
-
-    Sane is what is finite, conserves charge, and has populations and charges of a possible size.
-    """
+    """Labels from finished calculations; an error in place of those that are not sane."""
     if not structures:
         return []
     tables = _tables(method)
@@ -272,43 +269,60 @@ def _accept(
     starts = np.concatenate([[0], ends[:-1]])
     blocks = np.concatenate([raw.blocks for raw in raws])
     blocks = 0.5 * (blocks + blocks.transpose(0, 2, 1)) * tables.present[numbers]
-    onsite = (tables.reference[numbers] - blocks.reshape(len(blocks), -1) @ tables.project) * (
-        tables.has[numbers]
-    )
+    onsite = tables.reference[numbers] - blocks.reshape(len(blocks), -1) @ tables.project
+    onsite *= tables.has[numbers]
     populations = np.einsum("nkk->nk", blocks)
     charges = tables.valence[numbers] - populations.sum(1)
-    sums = np.add.reduceat(charges, starts) - [s.total_charge for s in structures]
-    lowest = np.minimum.reduceat(populations.min(1), starts)
-    highest = np.maximum.reduceat(populations.max(1), starts)
-    largest = np.maximum.reduceat(np.abs(charges), starts)
-    pulled = np.isfinite(np.concatenate([raw.forces for raw in raws])).all(1)
-    finite = np.logical_and.reduceat(pulled, starts)
-    finite &= np.isfinite(sums + [raw.energy for raw in raws])
-    low, high = POPULATION_RANGE
-    sane = finite & (np.abs(sums) < CHARGE_SUM_TOLERANCE) & (largest < MAX_ATOMIC_CHARGE)
-    sane &= (lowest > low) & (highest < high)
+    found = _Checked(
+        surplus=np.add.reduceat(charges, starts) - [s.total_charge for s in structures],
+        charge=np.maximum.reduceat(np.abs(charges), starts),
+        lowest=np.minimum.reduceat(populations.min(1), starts),
+        highest=np.maximum.reduceat(populations.max(1), starts),
+        finite=np.array([np.isfinite(r.forces).all() and np.isfinite(r.energy) for r in raws]),
+    )
+    sane = found.sane()
     out: list[Labels | LabelError] = []
     for i, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if sane[i]:
             out.append(Labels(onsite[start:stop], raws[i].energy, raws[i].forces))
-        elif not finite[i]:
-            out.append(LabelError("result is not finite"))
-        elif largest[i] >= MAX_ATOMIC_CHARGE:
-            atom = int(np.argmax(np.abs(charges[start:stop])))
-            symbol = orbitals.SYMBOLS[numbers[start + atom]]
-            out.append(
-                LabelError(
-                    f"charge collapse: {charges[start + atom]:+.1f} e on atom {atom} ({symbol}), "
-                    f"less than {MAX_ATOMIC_CHARGE:g} is sane"
-                )
-            )
-        elif abs(sums[i]) >= CHARGE_SUM_TOLERANCE:
-            out.append(LabelError(f"charges sum to {sums[i]:+.2e} e more than the total charge"))
         else:
-            out.append(
-                LabelError(
-                    f"orbital populations from {lowest[i]:.2f} to {highest[i]:.2f}: "
-                    f"{low:g} to {high:g} is sane"
-                )
-            )
+            out.append(found.error(i, charges[start:stop], numbers[start:stop]))
     return out
+
+
+class _Checked(NamedTuple):
+    """What decides, per structure, whether a result is sane: it is finite, conserves charge, and
+    its charges and populations have a possible size.
+
+    surplus: e above the total charge. charge: largest |atomic charge|, e. lowest, highest:
+    populations of an orbital. finite: energy and forces are.
+    """
+
+    surplus: np.ndarray
+    charge: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    finite: np.ndarray
+
+    def sane(self) -> np.ndarray:
+        low, high = POPULATION_RANGE
+        small = (np.abs(self.surplus) < CHARGE_SUM_TOLERANCE) & (self.charge < MAX_ATOMIC_CHARGE)
+        return np.asarray(self.finite & small & (self.lowest > low) & (self.highest < high))
+
+    def error(self, i: int, charges: np.ndarray, numbers: np.ndarray) -> LabelError:
+        """Why structure ``i``, of these atomic charges, is not."""
+        if not (self.finite[i] and np.isfinite(charges).all()):
+            return LabelError("result is not finite")
+        if self.charge[i] >= MAX_ATOMIC_CHARGE:
+            atom = int(np.argmax(np.abs(charges)))
+            return LabelError(
+                f"charge collapse: {charges[atom]:+.1f} e on atom {atom} "
+                f"({orbitals.SYMBOLS[numbers[atom]]}), less than {MAX_ATOMIC_CHARGE:g} is sane"
+            )
+        if abs(self.surplus[i]) >= CHARGE_SUM_TOLERANCE:
+            return LabelError(f"charges sum to {self.surplus[i]:+.2e} e more than the total charge")
+        low, high = POPULATION_RANGE
+        return LabelError(
+            f"orbital populations from {self.lowest[i]:.2f} to {self.highest[i]:.2f}: "
+            f"{low:g} to {high:g} is sane"
+        )
