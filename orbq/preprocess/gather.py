@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from orbq.errors import OrbqError
 from orbq.preprocess.flat import ragged_rows
 
 READ_ABOVE = 1 << 26  # bytes; a mapped array below is left to the page cache
@@ -56,18 +57,21 @@ class Gatherer:
     def __call__(self, pieces: Span) -> np.ndarray:
         """Rows of the pieces, [sum(counts), ...], in the array's own type.
 
-        Raises OSError when the file has become shorter than the array.
+        Raises OrbqError when the file has become shorter than the array.
         """
         if self._file is None:
             return self._array[pieces.rows]
         rows = np.empty((len(pieces.rows), *self._trailing), self._array.dtype)
         if rows.nbytes == 0:
             return rows
-        target, file, preadv, to = memoryview(rows).cast("B"), self._file, os.preadv, 0
+        target, file, preadv, to = rows.data.cast("B"), self._file, os.preadv, 0
         starts = (pieces.starts * self._row_bytes + self._offset).tolist()
         for start, size in zip(starts, (pieces.counts * self._row_bytes).tolist(), strict=True):
             if preadv(file, (target[to : to + size],), start) != size:
-                raise OSError(f"{self._path}: ended before byte {start + size}; was it replaced?")
+                raise OrbqError(
+                    f"{self._path} ends before byte {start + size}: it was changed while it was"
+                    f" read; `orbq verify {self._path.parent}` tells what is damaged"
+                )
             to += size
         return rows
 

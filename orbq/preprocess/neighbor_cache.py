@@ -76,20 +76,12 @@ def neighbors(
     stamp = _stamp(dataset, cutoff)
     if (cached := _open(place, stamp)) is not None:
         return cached
-    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = place.with_name(f"{place.name}.tmp-{own}")
-    _remove_abandoned(place)
     try:
-        temporary.mkdir()
-        _write(dataset, cutoff, temporary, stamp, progress)
-        _put(temporary, place, stamp)
+        _make(dataset, cutoff, place, stamp, progress)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            warnings.warn(
-                f"{dataset.path} cannot be written: its neighbour list is held in memory",
-                stacklevel=2,
-            )
+            text = f"{dataset.path} cannot be written: its neighbour list is held in memory"
+            warnings.warn(text, stacklevel=2)
             return _in_memory(dataset, cutoff, progress)
         raise OrbqError(
             f"{place}: the neighbour list could not be stored ({error.strerror}): make room, or"
@@ -99,6 +91,26 @@ def neighbors(
     if result is None:
         raise OrbqError(f"{place}: changed while it was being written; run the command again")
     return result
+
+
+def _make(
+    dataset: DatasetLike,
+    cutoff: float,
+    place: Path,
+    stamp: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the cache beside its place and put it there; what fails leaves nothing behind."""
+    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = place.with_name(f"{place.name}.tmp-{own}")
+    _remove_abandoned(place)
+    try:
+        temporary.mkdir()
+        _write(dataset, cutoff, temporary, stamp, progress)
+        _put(temporary, place, stamp)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _stamp(dataset: DatasetLike, cutoff: float) -> dict[str, Any]:
