@@ -87,7 +87,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> Any:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, terms), gradient = grad_fn(state.params, batch, hyper.weights)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         clip = jnp.minimum(1.0, hyper.clip_norm / jnp.maximum(norm, 1e-12))
         gradient = jax.tree.map(lambda g: g * clip, gradient)
         updates, optimizer = ADAM.update(gradient, state.optimizer, state.params)
