@@ -47,7 +47,7 @@ def random_run(
         for name in targets
         if not name.startswith("xtb_")
     }
-    constants = Constants(tuple(elements), 5.0, 8.0, statistics)
+    constants = Constants(tuple(elements), 0.1, 8.0, statistics)
     potential = make_potential(architecture_of(config), constants)
     shapes = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(np.float32))
     params = jax.tree.map(lambda leaf: _random(rng, leaf), shapes)
