@@ -19,6 +19,7 @@ from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.potential import Architecture, Constants
 from orbq.orbitals import SYMBOLS
+from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
@@ -173,11 +174,12 @@ def prepare(config: Config) -> TrainingData:
 def _fit_references(
     config: Config, train: Pool, teaching: Pool, terms: tuple[str, ...]
 ) -> dict[str, Fit]:
-    """References of the energies that are trained on; the reference energy's from ``train`` alone."""
+    """References of the energies trained on; the reference energy's from ``train`` alone."""
     given = None if config.data.references == "fit" else config.data.references
     fits = {}
     if "energy" in terms:
-        fits["energy"] = fit_pool_references(train, "energy", given)
+        charge = config.data.charge_reference
+        fits["energy"] = fit_pool_references(train, "energy", given, charge)
     if "xtb_energy" in terms:
         fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
     return fits
@@ -218,8 +220,7 @@ def _chunks(pool: Pool) -> Iterator[tuple[np.ndarray, Part]]:
 
 def _atom_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows of the per-atom arrays that belong to these structures."""
-    pieces = [np.arange(offsets[i], offsets[i + 1]) for i in rows.tolist()]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    return ragged_rows(offsets[rows], offsets[rows + 1] - offsets[rows])
 
 
 def _check_no_leak(

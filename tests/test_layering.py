@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
 CONTRACT = tuple(
     f"orbq.{name}"
-    for name in "units orbitals schema targets config config_text splits errors".split()
+    for name in "units orbitals elements schema targets config config_text splits errors".split()
 )
 LAYERS = {
     "contract": Layer(
