@@ -84,7 +84,7 @@ def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = D
     Raises LabelError when none did, or when the cell is too small for the Gamma point.
     """
     _refuse(structure, method, settings)
-    reasons = []
+    first, tried = "", []
     for note, temperature, damping in _ladder(settings):
         try:
             raw = singlepoint(structure, method, settings, temperature, damping)
@@ -94,8 +94,9 @@ def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = D
             error: Exception = labels
         except (TBLiteRuntimeError, TBLiteValueError) as failure:
             error = failure
-        reasons.append(f"{note or f'{temperature:g} K'}: {' '.join(str(error).split())}")
-    raise LabelError("; ".join(reasons))
+        first = first or " ".join(str(error).split())
+        tried.append(note or f"{temperature:g} K")
+    raise LabelError(f"{first} ({tried[0]}; {', '.join(tried[1:])} do not help)")
 
 
 def label_many(
