@@ -24,6 +24,8 @@ from orbq.errors import OrbqError
 COMMANDS = {
     "demo": "orbq.commands.demo",
     "preprocess": "orbq.commands.preprocess",
+    "inspect": "orbq.commands.inspect",
+    "verify": "orbq.commands.verify",
     "train": "orbq.commands.train",
     "evaluate": "orbq.commands.evaluate",
     "predict": "orbq.commands.predict",
