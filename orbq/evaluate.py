@@ -131,13 +131,11 @@ class Evaluation(NamedTuple):
             for (z, shell), (mae, rmse, count) in found.items()
         }
 
-    def count(self, name: str, symbol: str = "") -> int:
-        """Atoms (of one element) that carry a per-atom label."""
-        labelled = self.values[name].mask.any(1)
-        return int((labelled if not symbol else labelled & self._is(symbol)).sum())
-
-    def _is(self, symbol: str) -> np.ndarray:
-        return self.numbers == SYMBOLS.index(symbol)
+    def atoms_of(self) -> dict[str, int]:
+        """Number of atoms of every element by symbol, of all of them under ""."""
+        z, count = np.unique(self.numbers, return_counts=True)
+        each = {SYMBOLS[i]: int(n) for i, n in zip(z, count, strict=True)}
+        return {"": len(self.numbers), **each}
 
     @property
     def per_atom(self) -> tuple[str, ...]:

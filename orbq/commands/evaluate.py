@@ -77,11 +77,10 @@ def evaluate(
     document = report(found, facts.items())
     console.print(Text(f"{run} on {dataset}, split {name}"))
     show(found, console)
-    written = [place / "metrics.json"]
-    written[0].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if plots:
-        written += draw(found, place)
-    console.print(Text("wrote " + ", ".join(str(path) for path in written)))
+    metrics = place / "metrics.json"
+    metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    pictures = draw(found, place) if plots else []
+    console.print(Text(f"wrote to {place}: " + ", ".join(p.name for p in [metrics, *pictures])))
 
 
 def _claim(place: Path) -> None:
@@ -132,8 +131,7 @@ def show(found: Evaluation, console: Console) -> None:
         text = f"left out {found.n_left_out:,} structures with elements new to the run: {elements}"
         console.print(Text(text, "yellow"))
     console.print(_overview(found))
-    for name in _resolved(found):
-        console.print(_by_element(found, name))
+    console.print(_by_element(found))
 
 
 def _overview(found: Evaluation) -> Table:
@@ -154,30 +152,26 @@ def _overview(found: Evaluation) -> Table:
     return table
 
 
-def _resolved(found: Evaluation) -> list[str]:
-    """Labels shown by element: forces, and the most telling charges."""
-    forces = [n for n in ("forces", "xtb_forces") if n in found.values]
-    charges = [n for n in ("orbital", "shell", "atomic") if n in found.values][:1]
-    return forces + charges + [n for n in ("dft",) if n in found.values]
-
-
-def _by_element(found: Evaluation, name: str) -> Table:
-    """MAE by element, and by shell where the label has shells."""
+def _by_element(found: Evaluation) -> Table:
+    """MAE by element: forces, and charges by shell."""
     from orbq.metrics import display_unit
 
-    unit = display_unit(name)[0]
-    errors = found.by_element(name)
-    shells = list(dict.fromkeys(shell for _, shell in errors))
-    symbols = list(dict.fromkeys(symbol for symbol, _ in errors))
-    table = Table(title=f"{name}: MAE by element, {unit}", title_justify="left", box=None)
+    names: list[str] = [n for n in ("forces", "xtb_forces", "dft") if n in found.values]
+    names += [n for n in ("orbital", "shell", "atomic") if n in found.values][:1]
+    table = Table(title="MAE by element", title_justify="left", box=None, padding=(0, 3, 0, 0))
     table.add_column("element")
     table.add_column("atoms", justify="right")
-    for shell in shells:
-        table.add_column(shell or "MAE", justify="right")
-    for symbol in symbols:
-        cells = [errors.get((symbol, shell)) for shell in shells]
-        shown = [_number(cell["mae"], unit) if cell else "" for cell in cells]
-        table.add_row(symbol or "all", f"{found.count(name, symbol):,}", *shown)
+    columns: list[tuple[str, dict[str, float]]] = []  # unit, {symbol: MAE}
+    for name in names:
+        unit, errors = display_unit(name)[0], found.by_element(name)
+        for shell in dict.fromkeys(shell for _, shell in errors):
+            inner = f" {shell}" if shell not in ("", "atom") else ""
+            table.add_column(f"{name}{inner}\n{unit}", justify="right")
+            maes = {symbol: e["mae"] for (symbol, s), e in errors.items() if s == shell}
+            columns.append((unit, maes))
+    for symbol, n_atoms in found.atoms_of().items():
+        cells = [_number(maes[symbol], unit) if symbol in maes else "" for unit, maes in columns]
+        table.add_row(symbol or "all", f"{n_atoms:,}", *cells)
     return table
 
 
