@@ -1,0 +1,465 @@
+"""The training loop: resumed equals uninterrupted, bit for bit, whatever stopped it; refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import jax
+import numpy as np
+import pytest
+
+from orbq import checkpoint
+from orbq import fit as fitting
+from orbq.config import Config, parse_config
+from orbq.data import TrainingData, epoch_plan, prepare, split_of
+from orbq.errors import InputError, OrbqError
+from orbq.fit import Silent, fit
+from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.store import Dataset
+from orbq.splits import fraction_of
+
+MODEL = {
+    "n_channels": 4,
+    "n_layers": 1,
+    "lmax": 1,
+    "n_radial": 4,
+    "radial_hidden": [8],
+    "readout_hidden": 4,
+    "cutoff": 3.0,
+}
+NAMES = ("H2O", "NH3", "CH4", "HCN", "CO2", "CH3OH", "H2CO", "N2O", "C2H2", "HCOOH")
+N_STEPS, PRETRAIN = 14, 6
+
+
+@pytest.fixture(autouse=True)
+def own_settings_of_jax() -> Iterator[None]:
+    """``fit`` sets the precision and the cache of its process: put them back."""
+    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+# --------------------------------------------------------------------------- data and configuration
+
+
+def group_in(part: str, number: int) -> str:
+    """The name of a group that the split with shares 0.2 and 0.2 puts into ``part``."""
+    low, high = {"test": (0, 0.2), "validation": (0.2, 0.4), "train": (0.4, 1)}[part]
+    names = (f"{part} {number} {k}" for k in range(1000))
+    return next(n for n in names if low <= fraction_of(n.encode(), "orbq split") < high)
+
+
+def structures(part: str, n: int, seed: int, labelled: bool = True) -> list[ase.Atoms]:
+    """Rattled molecules with made-up energies and forces; every fourth has no energy, every third
+    no forces, if ``labelled``."""
+    rng, out = np.random.default_rng(seed), []
+    for k in range(n):
+        atoms = ase.build.molecule(NAMES[k % len(NAMES)])
+        atoms.positions += 0.05 * rng.normal(size=atoms.positions.shape)
+        atoms.info["group"] = group_in(part, k)
+        if labelled and (k % 4 or part != "train"):
+            atoms.info["energy"] = -10.0 * len(atoms) + rng.normal()
+        if labelled and k % 3:
+            atoms.arrays["forces"] = rng.normal(size=(len(atoms), 3))
+        out.append(atoms)
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the data sets "labelled" and "unlabelled" (geometries of other molecules)."""
+    place = tmp_path_factory.mktemp("fit")
+    resources = Resources(workers=1)
+    labelled = structures("train", 20, 0) + structures("validation", 4, 1)
+    labelled += structures("test", 4, 2)
+    preprocess(labelled, place / "labelled", resources=resources)
+    preprocess(structures("train", 10, 3, False), place / "unlabelled", resources=resources)
+    return place
+
+
+def config_of(sets: Path, directory: Path, **changes: dict[str, Any]) -> Config:
+    """Both stages, charge-only structures in both, and checkpoints out of step with validation."""
+    document: dict[str, dict[str, Any]] = {
+        "data": {
+            "dataset": str(sets / "labelled"),
+            "unlabelled": [str(sets / "unlabelled")],
+            "validation_fraction": 0.2,
+            "test_fraction": 0.2,
+        },
+        "model": MODEL,
+        "loss": {"weights": {"energy": 1.0, "forces": 1.0, "atomic": 2.0}},
+        "training": {
+            "n_steps": N_STEPS,
+            "pretrain_steps": PRETRAIN,
+            "unlabelled_share": 0.3,
+            "warmup_steps": 2,
+            "validate_every": 4,
+            "checkpoint_every": 3,
+            "batch_size": 5,
+        },
+        "run": {"directory": str(directory)},
+    }
+    for section, values in changes.items():
+        document[section] = {**document[section], **values}
+    return parse_config(document)
+
+
+def final_state(directory: Path) -> dict[str, Any]:
+    """Every array of the newest checkpoint and of the best parameters."""
+    checkpoints = directory / "checkpoints"
+    return {
+        name: checkpoint.ocp.StandardCheckpointer().restore(path.absolute())
+        for name, path in (
+            ("last", checkpoint.resumable(checkpoints)[0]),
+            ("best", checkpoints / "best"),
+        )
+    }
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the clock."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(directory: Path, whole: Path) -> None:
+    """Bit for bit: parameters, averages, moments, step, and what was recorded on the way."""
+    a, b = final_state(directory), final_state(whole)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert records(directory) == records(whole)
+
+
+class Listener(Silent):
+    """Remembers what it is told, and may stop the run there."""
+
+    def __init__(self, stop_at: int = -1) -> None:
+        self.facts: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+        self.stop_at = stop_at
+
+    def started(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def validated(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if len(self.records) == self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], Listener]:
+    """A run that nothing interrupted: its directory, its summary, what was told."""
+    directory, listener = tmp_path_factory.mktemp("runs") / "whole", Listener()
+    return directory, fit(config_of(data, directory), reporter=listener), listener
+
+
+# --------------------------------------------------------------------------- a run
+
+
+def test_each_program_is_compiled_once(whole):
+    assert whole[1]["compilations"] == {"pretrain": 1, "train": 1, "evaluate": 1}
+
+
+def test_a_run_leaves_what_is_needed(whole):
+    directory, summary, listener = whole
+    found = [(r["stage"], r["step"]) for r in records(directory)]
+    assert found[:2] == [("pretrain", 4), ("pretrain", 6)]
+    assert found[2:] == [("train", 4), ("train", 8), ("train", 12), ("train", 14)]
+    assert [r["step"] for r in listener.records] == [r["step"] for r in records(directory)]
+    for record in records(directory):
+        assert all(np.isfinite(v) for k, v in record.items() if "/" in k)
+    main = records(directory)[-1]
+    assert {"validation/energy_mae_meV", "validation/forces_rmse_meV_per_A"} < set(main)
+    assert {"validation/atomic_mae_e", "train/energy", "train/gradient_norm"} < set(main)
+    assert "train/energy" not in records(directory)[0]  # pre-training sees charges alone
+    names = [p.name for p in checkpoint.resumable(directory / "checkpoints")]
+    assert names == ["step_000000020", "step_000000018"]
+    assert summary["best_validation"] == min(
+        r["validation/energy_mae_meV"] for r in records(directory) if r["stage"] == "train"
+    )
+    assert listener.facts["labels"]["onsite"] == 30
+    assert listener.facts["labels"]["energy"] == 15
+    assert listener.facts["structures"] == {
+        "train": 20, "validation": 4, "test": 4, "unlabelled": 10, "teaching": 30,
+    }  # fmt: skip
+
+
+def test_training_lowers_the_loss(data, tmp_path):
+    """Also of charges and with masked energies among the structures of every batch."""
+    longer = {"n_steps": 60, "pretrain_steps": 0, "validate_every": 20, "checkpoint_every": 60}
+    fit(config_of(data, tmp_path / "run", training={**longer, "learning_rate": 1e-2}))
+    first, *_, last = records(tmp_path / "run")
+    for term in ("loss", "energy", "atomic"):
+        assert last[f"train/{term}"] < 0.9 * first[f"train/{term}"], term
+
+
+# --------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_resumed_equals_uninterrupted(data, whole, tmp_path, stop_at):
+    """Stopped in the first stage, early in the second and late in it."""
+    config = config_of(data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, reporter=Listener(stop_at))
+    assert checkpoint.resumable(tmp_path / "run" / "checkpoints")
+    summary = fit(config, resume=True)
+    assert max(summary["compilations"].values()) <= 1
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_stopped_before_the_first_checkpoint(data, whole, tmp_path):
+    """Nothing to resume from but the description: the records of the lost steps go too."""
+    config = config_of(data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, reporter=Listener(1))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    fit(config, resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_stopped_while_its_description_was_written(data, whole, tmp_path):
+    """A directory that holds nothing yet but half a description is no other run's."""
+    config = config_of(data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, reporter=Listener(1))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "run.json").unlink()
+    fit(config, resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_resuming_a_finished_run_changes_nothing(data, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    stored["config"]["run"]["directory"] = str(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(stored))
+    fit(config_of(data, tmp_path / "run"), resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+RUN_IN_A_PROCESS = """
+import sys
+from orbq.config import config_from_json
+from orbq.fit import fit
+fit(config_from_json(sys.stdin.read()), resume=True)
+"""
+
+
+@pytest.mark.parametrize("after_records", [0, 3])
+def test_killed_at_a_random_moment(data, whole, tmp_path, after_records):
+    """SIGKILL up to 0.3 s after so many records (about the time of five steps with checkpoints)."""
+    config, metrics = config_of(data, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN_IN_A_PROCESS], stdin=subprocess.PIPE, env=os.environ.copy()
+    ) as process:
+        process.stdin.write(config.model_dump_json().encode())
+        process.stdin.close()
+        ready = metrics if after_records else tmp_path / "run"
+        while process.poll() is None:
+            if ready.exists() and (
+                not after_records or len(metrics.read_text().splitlines()) >= after_records
+            ):
+                time.sleep(random.uniform(0, 0.3))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+    fit(config, resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(data, whole, tmp_path):
+    config = config_of(data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, reporter=Listener(5))
+    newest = checkpoint.resumable(tmp_path / "run" / "checkpoints")[0]
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    try:
+        fit(config, resume=True)
+    except OrbqError as error:
+        assert str(newest) in str(error)
+        assert "earlier" in str(error)
+        shutil.rmtree(newest)
+        fit(config, resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_patience_stops_and_a_resumed_run_stays_stopped(data, tmp_path):
+    """No validation is better than the first when the rate is next to nothing."""
+    training = {"learning_rate": 1e-12, "pretrain_steps": 0, "patience": 1, "n_steps": 40}
+    config = config_of(data, tmp_path / "run", training=training)
+    fit(config)
+    steps = [r["step"] for r in records(tmp_path / "run")]
+    assert steps[-1] < 40
+    fit(config, resume=True)
+    assert [r["step"] for r in records(tmp_path / "run")] == steps
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def test_a_directory_in_use_is_refused(data, whole, tmp_path):
+    directory = whole[0]
+    with pytest.raises(InputError, match=r"holds this run already.*--resume"):
+        fit(config_of(data, directory))
+    other = config_of(data, directory, training={"learning_rate": 1e-3})
+    for resume in (False, True):
+        with pytest.raises(InputError, match="another configuration"):
+            fit(other, resume=resume)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("42")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="mine"):
+            fit(config_of(data, tmp_path / "mine"), **options)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "42"
+
+
+def test_overwrite_starts_anew(data, whole, tmp_path):
+    config = config_of(data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config_of(data, tmp_path / "run", training={"seed": 5}), reporter=Listener(3))
+    fit(config, overwrite=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_other_data_under_the_same_name_is_refused(data, whole, tmp_path):
+    """The data set was labelled again: its arrays are not those of the description."""
+    place = shutil.copytree(data, tmp_path / "data")
+    config = config_of(place, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, reporter=Listener(1))
+    shutil.rmtree(place / "labelled")
+    changed = structures("train", 20, 7) + structures("validation", 4, 1)
+    preprocess(
+        changed + structures("test", 4, 2), place / "labelled", resources=Resources(workers=1)
+    )
+    with pytest.raises(InputError, match="labelled"):
+        fit(config, resume=True)
+
+
+def test_a_weight_without_labels_is_refused_by_name(data, tmp_path):
+    config = config_of(data, tmp_path / "run", loss={"weights": {"dft": 1.0, "atomic": 1.0}})
+    with pytest.raises(InputError, match=r"loss\.weights\.dft.*--dft-charges-key"):
+        fit(config)
+
+
+def test_held_out_structures_among_the_unlabelled_are_refused(data, tmp_path):
+    leak = structures("validation", 4, 1)[2]
+    del leak.info["energy"]
+    del leak.arrays["forces"]
+    others = structures("train", 3, 9, False)
+    preprocess([*others, leak], tmp_path / "leaky", resources=Resources(workers=1))
+    changes = {"unlabelled": [str(data / "unlabelled"), str(tmp_path / "leaky")]}
+    with pytest.raises(InputError, match=r"leaky holds 1 structures of the validation or test"):
+        fit(config_of(data, tmp_path / "run", data=changes))
+
+
+def test_a_loss_that_is_not_finite_names_its_step(data, whole, tmp_path, monkeypatch):
+    """And leaves a checkpoint from before it, from which the run goes on."""
+    config, original = config_of(data, tmp_path / "run"), fitting.make_train_step
+
+    def failing(*args: Any) -> Any:
+        step = original(*args)
+
+        def wrapped(state: Any, batch: Any, hyper: Any) -> Any:
+            state, metrics = step(state, batch, hyper)
+            spoilt = (state.step >= 11) & (hyper.n_steps == N_STEPS)
+            params = jax.tree.map(lambda p: jax.numpy.where(spoilt, np.nan, p), state.params)
+            loss = jax.numpy.where(spoilt, np.nan, metrics["loss"])
+            return state._replace(params=params), {**metrics, "loss": loss}
+
+        return wrapped
+
+    monkeypatch.setattr(fitting, "make_train_step", failing)
+    with jax.debug_nans(False), pytest.raises(OrbqError, match=r"step 12 of stage 'train'.*nan"):
+        fit(config)
+    monkeypatch.undo()
+    fit(config, resume=True)
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+# --------------------------------------------------------------------------- data of a run
+
+
+@pytest.fixture(scope="module")
+def prepared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return prepare(config_of(data, tmp_path_factory.mktemp("unused")))
+
+
+def test_epochs_hold_each_labelled_structure_once_and_the_share_of_others(prepared):
+    pool, n = prepared.pools["teaching"], len(prepared.pools["train"])
+    chosen = []
+    for epoch in range(4):
+        plan = epoch_plan(pool, n, 0.3, prepared.budget, 0, epoch)
+        items = np.concatenate(plan)
+        assert sorted(items[items < n]) == list(range(n))
+        others = items[items >= n]
+        assert len(set(others)) == len(others) == round(0.3 / 0.7 * n)
+        chosen.append(frozenset(others.tolist()))
+        again = epoch_plan(pool, n, 0.3, prepared.budget, 0, epoch)
+        for a, b in zip(plan, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(set(chosen)) > 1
+    everything = np.concatenate(epoch_plan(pool, n, 1.0, prepared.budget, 0, 0))
+    assert sorted(everything) == list(range(len(pool)))
+
+
+def test_statistics_and_references_see_training_structures_alone(data, prepared):
+    """References: the labelled ones; statistics of charges: the charge-only ones as well."""
+    stored, config = Dataset.open(data / "labelled"), config_of(data, data / "unused")
+    train = split_of(config, stored)["train"]
+    offsets, numbers = stored.offsets, np.asarray(stored["numbers"])
+    rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in train])
+    extra = Dataset.open(data / "unlabelled")
+    charges = np.concatenate([fitting_charges(stored)[rows], fitting_charges(extra)])
+    elements = np.concatenate([numbers[rows], extra["numbers"]])
+    mean, scale = prepared.spec.statistics["atomic"]
+    for z in (1, 6, 7, 8):
+        some = charges[elements == z]
+        assert mean[z, 0] == pytest.approx(some.mean(), abs=1e-12)
+        assert scale[z, 0] == pytest.approx(max(some.std(), 0.02), abs=1e-12)
+    labelled = train[np.asarray(stored.mask("energy"))[train]]
+    counts = np.stack(
+        [np.bincount(numbers[offsets[i] : offsets[i + 1]], minlength=9) for i in labelled]
+    )[:, [1, 6, 7, 8]]
+    energy = np.asarray(stored["energy"])[labelled]
+    expected = np.linalg.lstsq(counts, energy, rcond=None)[0]
+    np.testing.assert_allclose(
+        prepared.references["energy"].element[[1, 6, 7, 8]], expected, rtol=1e-9
+    )
+    residual = energy - counts @ expected
+    assert prepared.spec.scales["energy"] == pytest.approx(residual.std(), rel=1e-9)
+
+
+def fitting_charges(dataset: Dataset) -> np.ndarray:
+    from orbq.orbitals import atomic_charges
+
+    return atomic_charges(np.asarray(dataset["onsite"]))
+
+
+def test_float64_compiles_once_too(data, tmp_path):
+    training = {"precision": "float64", "pretrain_steps": 0, "n_steps": 4}
+    summary = fit(config_of(data, tmp_path / "run", training=training))
+    assert summary["compilations"] == {"train": 1, "evaluate": 1}
+    leaves = jax.tree.leaves(final_state(tmp_path / "run")["best"])
+    assert {np.asarray(leaf).dtype for leaf in leaves} == {np.dtype("float64")}
