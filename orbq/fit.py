@@ -30,11 +30,21 @@ from orbq.models.heads import n_parameters
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.prefetch import prefetch
-from orbq.run import CHECKPOINTS, METRICS, RUN_FILE, save_description
+from orbq.preprocess.store import Dataset
+from orbq.run import (
+    CHECKPOINTS,
+    METRICS,
+    RUN_FILE,
+    STATISTICS_FILE,
+    read_description,
+    save_description,
+)
 from orbq.stages import Stage, make_stages
 from orbq.train import TrainState, make_evaluate, make_init, make_train_step
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+_BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
+_RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
 
 
 class Reporter(Protocol):
@@ -112,15 +122,15 @@ def fit(
 
 def _claim(directory: Path, config: Config, resume: bool, overwrite: bool) -> None:
     """Make sure that ``directory`` is free, or holds this very run."""
-    if overwrite and directory.exists():
-        if not (directory / RUN_FILE).exists() and any(directory.iterdir()):
+    held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
+    if overwrite and held:
+        if RUN_FILE not in held:
             raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
         shutil.rmtree(directory)
-    if directory.exists() and any(directory.iterdir()):
-        stored = directory / RUN_FILE
-        if not stored.is_file():
+    elif held:
+        if RUN_FILE not in held:
             raise InputError(f"{directory} is not empty and holds no run: choose another directory")
-        before = json.loads(stored.read_text(encoding="utf-8")).get("config")
+        before = read_description(directory).get("config")
         if before != json.loads(config.model_dump_json()):
             raise InputError(
                 f"{directory} holds a run of another configuration; choose another run.directory, "
@@ -184,9 +194,10 @@ class _Loop:
         if found:
             state, meta = checkpoint.restore(found[0], jax.eval_shape(init, key, first))
             self.progress = Progress(**meta)
-            self._truncate_metrics()
-            return state
-        return jax.jit(init)(key, first)
+        else:
+            state = jax.jit(init)(key, first)
+        self._truncate_metrics()
+        return state
 
     def _next_stage(self, state: TrainState) -> TrainState:
         """Fresh moments on the averaged parameters of the stage before."""
@@ -204,19 +215,19 @@ class _Loop:
         batches: Any = prefetch(self._batches(stage, packer), 2)
         try:
             for epoch, number, batch in batches:
-                if p.step >= stage.n_steps:
+                if p.step >= stage.n_steps or 0 < training.patience <= p.stale:
                     break
                 state, metrics = step(state, batch, stage.hyper)
                 pending.append(metrics)
                 p.step, p.epoch, p.batch = p.step + 1, epoch, number + 1
                 last = p.step == stage.n_steps
-                if last or p.step % CHECK_EVERY == 0 or p.step % training.validate_every == 0:
-                    self._settle(stage, pending)
-                if last or p.step % training.validate_every == 0:
+                validating = last or p.step % training.validate_every == 0
+                saving = p.step % training.checkpoint_every == 0 and not last
+                if validating or saving or p.step % CHECK_EVERY == 0:
+                    self._settle(stage, pending)  # a state that is saved has been looked at
+                if validating:
                     self._validate(stage, state)
-                    if training.patience and p.stale >= training.patience:
-                        break
-                if p.step % training.checkpoint_every == 0 and not last:
+                if saving:
                     self._save(state)
         finally:
             batches.close()
@@ -336,7 +347,9 @@ class _Loop:
             },
             "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         }
-        if not (self.directory / RUN_FILE).exists():
+        if (self.directory / RUN_FILE).exists():
+            _check_same_data(self.directory, data.datasets)
+        else:
             save_description(
                 self.directory,
                 self.config,
@@ -346,6 +359,18 @@ class _Loop:
                 facts,
             )
         return facts
+
+
+def _check_same_data(directory: Path, datasets: tuple[Dataset, ...]) -> None:
+    """Refuse to go on with other structures or labels than the run was begun with."""
+    before = read_description(directory)["data"]
+    for dataset, stored in zip(datasets, before, strict=True):
+        for name, now in dataset.manifest["arrays"].items():
+            if name not in _RECOMPUTED and now != stored["arrays"].get(name):
+                raise InputError(
+                    f"{dataset.path} has changed since {directory} was begun ({name} is another): "
+                    "bring the data set back, or start anew with --overwrite"
+                )
 
 
 def _criterion(errors: dict[str, float]) -> str:

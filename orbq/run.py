@@ -38,6 +38,7 @@ from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
+from orbq.preprocess.store import write_atomically
 from orbq.schema import Structure
 from orbq.targets import Statistics
 
@@ -197,7 +198,7 @@ def save_description(
         "references": {n: json.loads(r.to_json()) for n, r in references.items()},
         **extra,
     }
-    (directory / RUN_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    write_atomically(directory / RUN_FILE, json.dumps(info, indent=1))  # last: it says all is there
 
 
 def read_description(directory: Path) -> dict[str, Any]:
