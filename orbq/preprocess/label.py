@@ -27,6 +27,7 @@ from orbq.preprocess.stage import Staged, stage
 from orbq.preprocess.store import Dataset
 from orbq.schema import MANIFEST, SCHEMA_VERSION
 
+__all__ = ["Progress", "Recipe", "Resources", "preprocess"]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HERE = Resources()
 MAX_LOST = 3  # times that a pool may lose the same chunk

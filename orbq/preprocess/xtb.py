@@ -35,6 +35,7 @@ CHARGE_SUM_TOLERANCE = 1e-6  # e; the sum is exact to 1e-13 in a finished calcul
 POPULATION_RANGE = (-0.2, 2.1)  # electrons in one orbital; Mulliken populations may stray from 0..2
 MAX_ATOMIC_CHARGE = 4.0  # e
 TBLITE_MAX_ITER = 250  # tblite's own default
+FAILURES = (TBLiteRuntimeError, TBLiteValueError, MemoryError)  # of one calculation
 
 
 class Settings(NamedTuple):
@@ -83,20 +84,10 @@ def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = D
     is tried again at 1000 K, at 2000 K and with weaker mixing; ``note`` says which one worked.
     Raises LabelError when none did, or when the cell is too small for the Gamma point.
     """
-    _refuse(structure, method, settings)
-    first, tried = "", []
-    for note, temperature, damping in _ladder(settings):
-        try:
-            raw = singlepoint(structure, method, settings, temperature, damping)
-            (labels,) = _accept([structure], [raw], method)
-            if isinstance(labels, Labels):
-                return labels._replace(note=note)
-            error: Exception = labels
-        except (TBLiteRuntimeError, TBLiteValueError) as failure:
-            error = failure
-        first = first or " ".join(str(error).split())
-        tried.append(note or f"{temperature:g} K")
-    raise LabelError(f"{first} ({tried[0]}; {', '.join(tried[1:])} do not help)")
+    (found,) = label_many([structure], method, settings)
+    if isinstance(found, LabelError):
+        raise found
+    return found
 
 
 def label_many(
@@ -107,62 +98,74 @@ def label_many(
 ) -> list[Labels | LabelError]:
     """What ``label`` returns or raises for each structure, with the algebra done for all at once.
 
-    begin(i) is called before each calculation on structure i.
+    begin(i) is called before the calculations on structure i begin.
     """
-    out: list[Labels | LabelError] = []
-    raws: list[Raw | None] = []
+    raws: dict[int, Raw] = {}
+    out: dict[int, Labels | LabelError] = {}
+    failed: dict[int, LabelError] = {}
     for i, structure in enumerate(structures):
         begin(i)
+        if reason := _refusal(structure, method, settings):
+            out[i] = LabelError(reason)
+            continue
         try:
-            _refuse(structure, method, settings)
-            raws.append(singlepoint(structure, method, settings, settings.temperature))
-        except (TBLiteRuntimeError, TBLiteValueError, LabelError, MemoryError):
-            raws.append(None)
-    finished = [i for i, raw in enumerate(raws) if raw is not None]
-    accepted = _accept(
-        [structures[i] for i in finished], [r for r in raws if r is not None], method
-    )
-    good = {i: found for i, found in zip(finished, accepted, strict=True)}
-    for i, structure in enumerate(structures):
-        found = good.get(i)
-        if not isinstance(found, Labels):
-            begin(i)
-            found = _with_ladder(structure, method, settings)
-        out.append(found)
-    return out
+            raws[i] = singlepoint(structure, method, settings, settings.temperature)
+        except FAILURES as error:
+            failed[i] = LabelError(_told(error))
+    accepted = _accept([structures[i] for i in raws], list(raws.values()), method)
+    for i, found in zip(raws, accepted, strict=True):
+        (failed if isinstance(found, LabelError) else out)[i] = found  # type: ignore[assignment]
+    for i, error in failed.items():
+        begin(i)
+        out[i] = _climb(structures[i], method, settings, error)
+    return [out[i] for i in range(len(structures))]
 
 
-def _with_ladder(structure: Structure, method: str, settings: Settings) -> Labels | LabelError:
-    try:
-        return label(structure, method, settings)
-    except LabelError as error:
-        return error
-    except MemoryError:
-        return LabelError("out of memory")
+def _climb(
+    structure: Structure, method: str, settings: Settings, error: LabelError
+) -> Labels | LabelError:
+    """What the other settings give where the usual ones failed with ``error``."""
+    tried = []
+    for note, temperature, damping in _ladder(settings):
+        tried.append(note)
+        try:
+            raw = singlepoint(structure, method, settings, temperature, damping)
+        except FAILURES:
+            continue
+        (found,) = _accept([structure], [raw], method)
+        if isinstance(found, Labels):
+            return found._replace(note=note)
+    at = f"{settings.temperature:g} K"
+    return LabelError(f"{error} ({at}; {', '.join(tried)} do not help)")
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "out of memory"
 
 
 def _ladder(settings: Settings) -> Iterator[tuple[str, float, float | None]]:
-    """(note, temperature in K, mixer damping or None) of each attempt."""
-    yield "", settings.temperature, None
+    """(note, temperature in K, mixer damping or None) of each further attempt."""
     for temperature in (1000.0, 2000.0):
         if temperature > settings.temperature:
             yield f"{temperature:g} K", temperature, None
     yield "mixer damping 0.8", settings.temperature, 0.8
 
 
-def _refuse(structure: Structure, method: str, settings: Settings) -> None:
+def _refusal(structure: Structure, method: str, settings: Settings) -> str | None:
+    """Why tblite must not be asked at all, if so."""
     n_valence = orbitals.shells(method).valence[structure.numbers].sum()
     if n_valence - structure.total_charge < -1e-9:  # would abort the process
-        raise LabelError(f"charge {structure.total_charge:+d} above the valence electrons")
+        return f"charge {structure.total_charge:+d} above the valence electrons"
     if settings.spin_polarization and method == "IPEA1-xTB":
-        raise LabelError("IPEA1-xTB has no spin-polarised form")
+        return "IPEA1-xTB has no spin-polarised form"
     if structure.pbc.any():
         height = float(heights(structure.cell).min())
         if height < settings.min_height:
-            raise LabelError(
+            return (
                 f"cell height {height:.2f} Å below {settings.min_height:g} Å: xTB samples the "
                 "Gamma point alone; use a supercell"
             )
+    return None
 
 
 def singlepoint(
