@@ -114,10 +114,13 @@ def label_many(
             failed[i] = LabelError(_told(error))
     accepted = _accept([structures[i] for i in raws], list(raws.values()), method)
     for i, found in zip(raws, accepted, strict=True):
-        (failed if isinstance(found, LabelError) else out)[i] = found  # type: ignore[assignment]
-    for i, error in failed.items():
+        if isinstance(found, LabelError):
+            failed[i] = found
+        else:
+            out[i] = found
+    for i, first in failed.items():
         begin(i)
-        out[i] = _climb(structures[i], method, settings, error)
+        out[i] = _climb(structures[i], method, settings, first)
     return [out[i] for i in range(len(structures))]
 
 
