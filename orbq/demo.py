@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.config import Config, load_config
-from orbq.fit import Silent
 
 DATASET, UNLABELLED = "tmc", "tmc_unlabelled"
 BASELINE = "energy-only"
@@ -95,8 +94,11 @@ def config_of(job: Job) -> Config:
 # --------------------------------------------------------------------------- one run
 
 
-class _Reporter(Silent):
+class _Reporter:
     """Sends the steps of a run to the parent process."""
+
+    def started(self, facts: dict[str, Any]) -> None: ...
+    def validated(self, record: dict[str, Any]) -> None: ...
 
     def __init__(self, job: Job, messages: Any) -> None:
         self.job, self.messages = job, messages

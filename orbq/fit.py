@@ -42,6 +42,7 @@ from orbq.run import (
 from orbq.stages import Stage, make_stages
 from orbq.train import TrainState, make_evaluate, make_init, make_train_step
 
+SUMMARY = "summary.json"  # written last: a run that has it is finished
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
 _BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
 _RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
@@ -171,6 +172,8 @@ class _Loop:
     def run(self) -> dict[str, Any]:
         facts = self._describe()
         self.reporter.started(facts)
+        if (finished := self._finished()) is not None:
+            return finished
         state = self._initial_state()
         for index in range(self.progress.stage, len(self.stages)):
             if index > self.progress.stage:
@@ -178,12 +181,21 @@ class _Loop:
             state = self._run_stage(self.stages[index], self.steps[index], state)
         self._save(state)
         compiled = {s.name: c.compilations for s, c in zip(self.stages, self.steps, strict=True)}
-        return {
+        summary = {
             **facts,
             "best_validation": self.progress.best,
             "compilations": {**compiled, "evaluate": self.evaluate.compilations},
             "seconds": self._seconds(),
         }
+        write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1))
+        return summary
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do."""
+        try:
+            return dict(json.loads((self.directory / SUMMARY).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
 
     def _initial_state(self) -> TrainState:
         packer = make_packer(self.data, self.stages[0].pool, self.config)

@@ -16,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from orbq.demo import Result
 
+WIDTH = 110  # characters of a line when the output is not a terminal
 INTERRUPTED = "Finished runs and checkpoints are kept; run the same command again to go on."
 
 
@@ -49,7 +50,9 @@ def demo(
     from orbq.preprocess.label import preprocess
 
     start = time.monotonic()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=WIDTH)
     if overwrite and (out / "data" / job.DATASET).is_dir():
         shutil.rmtree(out)
     arms = [arm for arm in job.ARMS if unlabelled or arm != "+ unlabelled"]
@@ -123,7 +126,8 @@ def _report(console: Console, out: Path, results: list[Result], seconds: float) 
     table.add_column("energy ratio", justify="right", no_wrap=True)
     for row in rows:
         shown = [job.spread(v, 4 if n == "charge_mae" else 1) for n, v in row.values.items()]
-        table.add_row(row.arm, *shown, job.spread(row.ratios.get("energy_mae", []), 3) or "1")
+        ratio = job.spread(row.ratios.get("energy_mae", []), 3) if row.ratios else "1"
+        table.add_row(row.arm, *shown, ratio)
     console.print(table)
     document = [{"arm": r.arm, "values": r.values, "ratios": r.ratios} for r in rows]
     (out / "table.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
