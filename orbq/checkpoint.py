@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
@@ -76,6 +78,9 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
                 f"checkpoint {directory} is of another architecture: {name} has shape {b.shape}, "
                 f"the configuration asks for {a.shape}; use its own configuration"
             )
+    # Orbax ties arrays to their device, which makes another program of every function they enter:
+    # through the host they are as fresh ones, and a resumed run finds its compiled programs again
+    found = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), found)
     return serialization.from_state_dict(template, found), meta
 
 

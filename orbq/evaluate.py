@@ -9,8 +9,8 @@ the on-site block), so that runs with different targets can be compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from orbq import inference
 from orbq.data import split_of
 from orbq.errors import InputError
 from orbq.inference import BatchPredictor, budget_of, predict_pool
-from orbq.metrics import column_errors, display_unit, from_sums
 from orbq.models.potential import Prediction
 from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
@@ -27,12 +26,12 @@ from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.store import Dataset
 from orbq.run import Run
 from orbq.schema import FIELDS
+from orbq.scores import ENERGIES, FORCES, Cost, Evaluation, Values
 from orbq.splits import PARTS
 from orbq.targets import CHARGE_TARGETS, TARGETS
 
 ALL = "all"
-ENERGIES = ("energy", "xtb_energy")
-FORCES = ("forces", "xtb_forces")
+IDENTITY = ("content_hash", "group")
 # charges that follow from others, by what turns values [n, k] of a target into them
 DERIVED: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
     "orbital": inference.orbital_charges,
@@ -41,127 +40,18 @@ DERIVED: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
 }
 
 
-class Values(NamedTuple):
-    """One label of every structure or atom: what was predicted, what is true.
-
-    predicted, label: [S] (energies, total), [A, 3] (forces) or [A, k], float64, in eV, eV/Å, e.
-    mask: the same shape, bool; the label is 0 where False. source: target it was computed from, ""
-    if it was predicted as such.
-    """
-
-    predicted: np.ndarray
-    label: np.ndarray
-    mask: np.ndarray
-    source: str = ""
-
-    @property
-    def errors(self) -> np.ndarray:
-        """Predicted minus label, 0 where there is no label."""
-        return np.where(self.mask, self.predicted - self.label, 0.0)
-
-
-class Cost(NamedTuple):
-    """seconds: wall time, compilation included. compilations: of the program. edge_fill: real over
-    padded edges."""
-
-    seconds: float
-    compilations: int
-    edge_fill: float
-
-
-class Evaluation(NamedTuple):
-    """Predictions and labels of S structures with A atoms, one after another.
-
-    rows: [S] structures of the data set. n_node: [S] atoms of each. numbers: [A]. references: by
-    energy, [S] reference energies that are part of the predicted ones, eV. values: by label.
-    left_out: structures with elements that the run does not know, {symbol: number of structures};
-    n_left_out: how many they are. cost: what it took.
-    """
-
-    rows: np.ndarray
-    n_node: np.ndarray
-    numbers: np.ndarray
-    references: dict[str, np.ndarray]
-    values: dict[str, Values]
-    left_out: dict[str, int]
-    n_left_out: int
-    cost: Cost
-
-    def errors(self) -> dict[str, float]:
-        """MAE and RMSE of every label: ``{"energy_mae_meV": ..., "energy_rmse_meV": ..., ...}``."""
-        names = [*self.values] + ["energy_per_atom"] * ("energy" in self.values)
-        return from_sums({name: self._sums(name) for name in names})
-
-    def mae(self, name: str) -> float:
-        """Mean absolute error of a label, or of "energy_per_atom": eV, eV/atom, eV/Å or e.
-
-        NaN without labels. Raises KeyError for a label that was not evaluated.
-        """
-        absolute, _, count = self._sums(name)
-        return float(absolute / count) if count else float("nan")
-
-    def rmse(self, name: str) -> float:
-        """Root mean square error, as ``mae``."""
-        _, square, count = self._sums(name)
-        return float(np.sqrt(square / count)) if count else float("nan")
-
-    def _sums(self, name: str) -> np.ndarray:
-        """Sums of |error| and error^2, and the count of labels."""
-        values = self.values["energy" if name == "energy_per_atom" else name]
-        errors = values.errors / (self.n_node if name == "energy_per_atom" else 1)
-        return np.array([np.abs(errors).sum(), np.square(errors).sum(), values.mask.sum()])
-
-    def by_element(self, name: str) -> dict[tuple[str, str], dict[str, float]]:
-        """Errors of a per-atom label by (element symbol, shell), in the unit of ``errors``.
-
-        The symbol is "" for all elements together; the shell of forces is "". Each value has
-        "mae", "rmse" and "count".
-        """
-        values, factor = self.values[name], display_unit(name)[1]
-        if name in FORCES:
-            found = _force_errors(values, self.numbers)
-        else:
-            found = column_errors(name, values.errors, values.mask, self.numbers)
-        return {
-            (SYMBOLS[z] if z else "", shell): {
-                "mae": mae * factor,
-                "rmse": rmse * factor,
-                "count": count,
-            }
-            for (z, shell), (mae, rmse, count) in found.items()
-        }
-
-    def atoms_of(self) -> dict[str, int]:
-        """Number of atoms of every element by symbol, of all of them under ""."""
-        z, count = np.unique(self.numbers, return_counts=True)
-        each = {SYMBOLS[i]: int(n) for i, n in zip(z, count, strict=True)}
-        return {"": len(self.numbers), **each}
-
-    @property
-    def per_atom(self) -> tuple[str, ...]:
-        """The labels that ``by_element`` takes."""
-        return tuple(name for name in self.values if name not in ENERGIES)
-
-
-def _force_errors(
-    values: Values, numbers: np.ndarray
-) -> dict[tuple[int, str], tuple[float, float, int]]:
-    out = {}
-    for z in [0, *np.unique(numbers).tolist()]:
-        atoms = values.mask[:, 0] if z == 0 else values.mask[:, 0] & (numbers == z)
-        if atoms.any():
-            e = values.errors[atoms]
-            out[z, ""] = (float(np.abs(e).mean()), float(np.sqrt(np.mean(e**2))), e.size)
-    return out
-
-
 # --------------------------------------------------------------------------- which structures
 
 
 def is_own(run: Run, dataset: Dataset) -> bool:
-    """Whether ``run`` was trained on this very data set: the arrays have the same SHA-256."""
-    trained_on = run.info.get("data") or [{}]
-    return bool(trained_on[0].get("arrays") == dataset.manifest["arrays"])
+    """Whether ``run`` was trained on these structures, in this order and with these groups.
+
+    The arrays that the division into parts follows from have the same SHA-256; labels, whose last
+    bits depend on the machine that made them, may differ.
+    """
+    trained_on = (run.info.get("data") or [{}])[0].get("arrays", {})
+    arrays = dataset.manifest["arrays"]
+    return all(name in arrays and trained_on.get(name) == arrays[name] for name in IDENTITY)
 
 
 def split_rows(run: Run, dataset: Dataset, split: str | None = None) -> tuple[str, np.ndarray]:
@@ -365,31 +255,3 @@ class _Collected:
                 label = TARGETS[name].extract(arrays, self.atoms)
                 mask = TARGETS[name].mask(self.numbers, mask)
         return Values(predicted, np.where(mask, label, 0.0), mask)
-
-
-def report(evaluation: Evaluation, facts: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
-    """The evaluation as a JSON object: errors, errors by element and shell, counts, cost.
-
-    facts: what stands before them, such as the names of the run and the data set.
-    """
-    by_element: dict[str, Any] = {}
-    for name in evaluation.per_atom:
-        unit = display_unit(name)[0]
-        table: dict[str, Any] = {}
-        for (symbol, shell), errors in evaluation.by_element(name).items():
-            table.setdefault(symbol or "all", {})[shell or "all"] = errors
-        by_element[name] = {"unit": unit, "errors": table}
-    return {
-        **dict(facts),
-        "structures": len(evaluation.rows),
-        "atoms": int(evaluation.n_node.sum()),
-        "left_out": {"structures": evaluation.n_left_out, "elements": evaluation.left_out},
-        "labels": {
-            name: int(v.mask.any(-1).sum() if v.mask.ndim > 1 else v.mask.sum())
-            for name, v in evaluation.values.items()
-        },
-        "derived": {name: v.source for name, v in evaluation.values.items() if v.source},
-        "errors": evaluation.errors(),
-        "by_element": by_element,
-        "cost": evaluation.cost._asdict(),
-    }

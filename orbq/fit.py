@@ -30,7 +30,7 @@ from orbq.models.heads import n_parameters
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.prefetch import prefetch
-from orbq.preprocess.store import Dataset
+from orbq.preprocess.store import Dataset, write_atomically
 from orbq.run import (
     CHECKPOINTS,
     METRICS,

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from orbq.errors import InputError
-from orbq.evaluate import ENERGIES, Evaluation
 from orbq.metrics import display_unit
 from orbq.run import METRICS
+from orbq.scores import ENERGIES, Evaluation
 from orbq.targets import TARGETS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -132,3 +132,28 @@ def test_a_format_of_one_structure(tmp_path):
         writer.write(molecule("CH4"))
     writer.finish()
     assert len(ase.io.read(tmp_path / "POSCAR")) == 5
+
+
+def test_an_unfinished_file_keeps_its_partial_name(tmp_path):
+    writer = Writer(tmp_path / "a.xyz")
+    writer.write(molecule("CH4"))
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.xyz.partial"]
+    assert len(ase.io.read(tmp_path / "a.xyz.partial", format="extxyz")) == 5
+
+
+def test_slabs_crystals_and_ions_beside_each_other(tmp_path):
+    """One batch, each as the calculator has it alone."""
+    slab = molecule("CH4", cell=(3.0, 3.5, 20.0), pbc=(True, True, False))
+    crystal = molecule("H2O", cell=(4, 4, 4), pbc=True)
+    ion = molecule("CH3OH")
+    ion.info["charge"] = 1
+    path = tmp_path / "mixed.extxyz"
+    ase.io.write(path, [slab, ion, crystal, ase.Atoms("H")])
+    run = random_run((), lmax=1)
+    calculator = orbq.Calculator(run)
+    for atoms in annotate(run, find_sources([path])):
+        alone = atoms.copy()
+        alone.calc = calculator
+        assert atoms.get_potential_energy() == pytest.approx(alone.get_potential_energy(), abs=1e-4)
+        np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(), atol=1e-4)

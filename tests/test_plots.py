@@ -11,7 +11,7 @@ import pytest
 
 from orbq import plots
 from orbq.errors import InputError
-from orbq.evaluate import Cost, Evaluation, Values
+from orbq.scores import Cost, Evaluation, Values
 
 
 def values(rng: np.random.Generator, shape: tuple[int, ...], error: float, at: float = 0.0):

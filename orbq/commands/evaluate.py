@@ -15,7 +15,7 @@ from rich.text import Text
 from orbq.errors import InputError
 
 if TYPE_CHECKING:
-    from orbq.evaluate import Evaluation
+    from orbq.scores import Evaluation
 
 INTERRUPTED = "Nothing was written; run the same command again."
 SPLITS = "test|validation|train|all"
@@ -56,8 +56,9 @@ def evaluate(
     """
     from orbq.data import open_dataset
     from orbq.evaluate import evaluate as compare
-    from orbq.evaluate import report, split_rows
+    from orbq.evaluate import split_rows
     from orbq.inference import open_run
+    from orbq.scores import report
 
     console = Console(highlight=False, soft_wrap=True)
     loaded, data = open_run(run), open_dataset(dataset)
