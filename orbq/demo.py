@@ -5,8 +5,8 @@ training steps and the same seeds:
 
     energy-only    energies and forces
     multitask      the same, and the GFN1-xTB on-site charges of the same structures
-    + unlabelled   the same again, after pre-training on the GFN1-xTB labels of further complexes
-                   that have no DFT energy (their labels cost milliseconds)
+    + unlabelled   further complexes without DFT teach as well, by their GFN1-xTB charges and
+                   energies (labels that cost milliseconds): first alone, then as half of each batch
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def make_jobs(out: Path, seeds: int, extra: Sequence[str], arms: Iterable[str]) 
         for arm in arms:
             name = arm.strip("+ ").replace(" ", "-")
             directory = out / f"{name}-seed{seed}"
-            overrides = [*data, *extra, *(teaching if arm == "+ unlabelled" else NO_PRETRAINING)]
+            overrides = [*data, *extra, *(teaching if arm == "+ unlabelled" else NO_UNLABELLED)]
             overrides += [*ARMS[arm], f"training.seed={seed}"]
             overrides += [f"run.directory={_toml(directory)}"]
             jobs.append(Job(arm, seed, directory, tuple(overrides)))
     return jobs
 
 
-NO_PRETRAINING = ["training.pretrain_steps=0", "data.unlabelled=[]"]
+NO_UNLABELLED = ["training.pretrain_steps=0", "training.unlabelled_share=0.0", "data.unlabelled=[]"]
 
 
 def _toml(path: Path) -> str:

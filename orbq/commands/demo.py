@@ -24,7 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for data, runs, table and figure.")] = Path(
         "runs/demo"
     ),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per arm.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per arm.")] = 3,
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: the default.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 2,
     unlabelled: Annotated[
