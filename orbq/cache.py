@@ -25,7 +25,7 @@ def use_compilation_cache() -> Path | None:
     """
     import jax
 
-    directory = cache_directory() / "jax"
+    directory = (cache_directory() / "jax").resolve()  # the path is part of the entries' keys
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
