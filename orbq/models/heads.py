@@ -25,12 +25,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from orbq import orbitals
+from orbq.models.initial import dense, fan_in
 from orbq.models.nequip import Features, degree_slice
 from orbq.targets import TARGETS, Statistics
 
 HEADS = ("equivariant", "invariant")
 N_PRODUCT_CHANNELS = 16
-SMALL = nn.initializers.variance_scaling(0.03, "fan_in", "normal")  # start near the mean
+SMALL = 0.03  # variance of a head's last layer: it starts near the mean
 
 
 class Segments(NamedTuple):
@@ -50,7 +51,7 @@ class EquivariantColumns(nn.Module):
     def __call__(self, features: Features) -> Float[Array, "N K"]:
         scalars = jnp.concatenate(features.scalars, axis=-1)
         dtype = scalars.dtype
-        h = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=dtype)(scalars))
+        h = jax.nn.silu(dense(self.hidden, "hidden", dtype)(scalars))
         irreps = e3nn.Irreps(self.irreps)
         distinct = sorted({ir for _, ir in irreps})
         columns = {ir: self._columns(features, h, ir, irreps.count(ir)) for ir in distinct}
@@ -65,13 +66,13 @@ class EquivariantColumns(nn.Module):
         """``mul`` copies of irrep ``ir`` [N, mul, 2l+1], linear in the equivariant features with
         weights that depend on the scalars; zero where the features cannot make this irrep."""
         if ir.l == 0 and ir.p == 1:
-            return nn.Dense(mul, name=str(ir), dtype=h.dtype, kernel_init=SMALL)(h)[:, :, None]
+            return dense(mul, str(ir), h.dtype, SMALL)(h)[:, :, None]
         basis = self._basis(features.equivariant, ir)  # [N, 2l+1, B]
         if basis is None:
             return jnp.zeros((h.shape[0], mul, ir.dim), h.dtype)
         width = basis.shape[-1]
-        gate = nn.Dense(width, name=f"{ir}_gate", dtype=h.dtype, kernel_init=SMALL)(h) + 1.0
-        weight = self.param(str(ir), SMALL, (width, mul))
+        gate = dense(width, f"{ir}_gate", h.dtype, SMALL)(h) + 1.0
+        weight = self.param(str(ir), fan_in(SMALL), (width, mul))
         return jnp.swapaxes((basis * gate[:, None]) @ weight.astype(h.dtype), 1, 2)
 
     def _basis(self, features: Float[Array, "N D C"], ir: e3nn.Irrep) -> Array | None:
@@ -92,7 +93,7 @@ class EquivariantColumns(nn.Module):
         for side, degree in (("left", a), ("right", b)):
             weight = self.param(
                 f"{a}x{b}_{l}_{side}",
-                nn.initializers.normal(channels**-0.5),
+                fan_in(),
                 (channels, N_PRODUCT_CHANNELS),
             )
             sides.append(features[:, degree_slice(degree)] @ weight.astype(features.dtype))
@@ -109,8 +110,8 @@ class InvariantColumns(nn.Module):
     @nn.compact
     def __call__(self, features: Features) -> Float[Array, "N K"]:
         scalars = jnp.concatenate(features.scalars, axis=-1)
-        h = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=scalars.dtype)(scalars))
-        return nn.Dense(self.k, name="columns", dtype=scalars.dtype, kernel_init=SMALL)(h)
+        h = jax.nn.silu(dense(self.hidden, "hidden", scalars.dtype)(scalars))
+        return dense(self.k, "columns", scalars.dtype, SMALL)(h)
 
 
 class TargetHead(nn.Module):

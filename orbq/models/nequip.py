@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from orbq.elements import COVALENT_RADIUS, descriptors
+from orbq.models.initial import dense, fan_in, normal
 from orbq.models.radial import bessel_basis, bond_basis, polynomial_cutoff, safe_norm
 from orbq.models.tensor_product import edge_tensor_product, paths
 
-MODULATION = nn.initializers.variance_scaling(0.1, "fan_in", "normal")  # of 1 + x factors
+MODULATION = 0.1  # variance of what modulates by a factor 1 + x
 SPECIES = ("shells", "free")
 
 
@@ -76,9 +77,7 @@ class DegreeLinear(nn.Module):
         _, rows, channels = features.shape
         out = []
         for l in range(round(rows**0.5)):
-            weight = self.param(
-                f"l{l}", nn.initializers.normal(channels**-0.5), (channels, self.n_channels)
-            )
+            weight = self.param(f"l{l}", fan_in(), (channels, self.n_channels))
             part = features[:, degree_slice(l)]
             out.append(part @ weight.astype(features.dtype))
         return jnp.concatenate(out, axis=1)
@@ -99,10 +98,10 @@ class SpeciesAttributes(nn.Module):
     def __call__(self, species: Int[Array, " N"], dtype: Any) -> Float[Array, "N A"]:
         shape = (len(self.elements), self.n_attributes)
         known = self.kind == "shells"
-        table = self.param("free", nn.initializers.normal(0.3 if known else 1.0), shape)
+        table = self.param("free", normal(0.3 if known else 1.0), shape)
         if known:
             rows = descriptors(self.elements)
-            mix = nn.initializers.normal(0.4 * rows.shape[1] ** -0.5)  # rms about 1 in molecules
+            mix = fan_in(0.16)  # rms about 1 in molecules
             weight = self.param("shells", mix, (rows.shape[1], self.n_attributes))
             table = table + jnp.asarray(rows, weight.dtype) @ weight
         return table.astype(dtype)[species]
@@ -124,19 +123,17 @@ class RadialWeights(nn.Module):
         h = geometry.radial
         dtype = h.dtype
         for n, width in enumerate(self.hidden):
-            weight = self.param(f"w{n}", nn.initializers.normal(1.0), (h.shape[1], width))
+            weight = self.param(f"w{n}", normal(1.0), (h.shape[1], width))
             h = h @ (weight.astype(dtype) / h.shape[1] ** 0.5)
             if n == 0:
                 sender, receiver = (
-                    nn.Dense(width, False, name=side, dtype=dtype, kernel_init=MODULATION)(
-                        geometry.attributes
-                    )
+                    dense(width, side, dtype, MODULATION, bias=False)(geometry.attributes)
                     for side in ("sender", "receiver")
                 )
                 h = h * (1.0 + sender[geometry.senders] + receiver[geometry.receivers])
             h = jax.nn.silu(h) * 1.6  # restores unit variance after silu
         shape = (h.shape[1], self.n_paths * self.n_channels)
-        weight = self.param("out", nn.initializers.normal(h.shape[1] ** -0.5), shape)
+        weight = self.param("out", fan_in(), shape)
         return (h @ weight.astype(dtype)).reshape(-1, self.n_paths, self.n_channels)
 
 
@@ -191,9 +188,7 @@ class Layer(nn.Module):
         mixed = DegreeLinear(self.n_channels, name="mix")(summed)
         kept = features[:, :rows]
         width, dtype = kept.shape[-1], kept.dtype
-        species = nn.Dense(width, False, name="species", dtype=dtype, kernel_init=MODULATION)(
-            geometry.attributes
-        )
+        species = dense(width, "species", dtype, MODULATION, bias=False)(geometry.attributes)
         residual = DegreeLinear(self.n_channels, name="residual")(kept * (1 + species[:, None]))
         mixed = (
             jnp.concatenate(
@@ -207,9 +202,7 @@ class Layer(nn.Module):
         scalars = features[:, 0]
         out = [jax.nn.silu(scalars)[:, None] * 1.6]
         if self.lmax_out:
-            gates = nn.Dense(self.lmax_out * self.n_channels, name="gates", dtype=scalars.dtype)(
-                scalars
-            )
+            gates = dense(self.lmax_out * self.n_channels, "gates", scalars.dtype)(scalars)
             gates = 2 * jax.nn.sigmoid(gates).reshape(-1, self.lmax_out, self.n_channels)
             out += [
                 features[:, degree_slice(l)] * gates[:, None, l - 1]
@@ -249,8 +242,8 @@ class NequIP(nn.Module):
         geometry = self.geometry(vectors, species, senders, receivers)._replace(
             attributes=attributes
         )
-        embedding = nn.Dense(self.n_channels, False, name="embedding", dtype=dtype)(attributes)
-        shift = nn.Dense(self.n_channels, use_bias=False, name="condition", dtype=dtype)(condition)
+        embedding = dense(self.n_channels, "embedding", dtype, bias=False)(attributes)
+        shift = dense(self.n_channels, "condition", dtype, bias=False)(condition)
         features = (embedding * (1 + shift))[:, None]  # [N, 1, C]
         scalars = []
         for n in range(self.n_layers):

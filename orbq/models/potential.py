@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from orbq.models.heads import SMALL, Segments, TargetHead
+from orbq.models.initial import dense, draw
 from orbq.models.nequip import NequIP
 from orbq.targets import TARGETS, Statistics
 
@@ -92,8 +93,8 @@ class EnergyReadout(nn.Module):
         total = jnp.zeros(scalars[0].shape[0], scalars[0].dtype)
         for n, s in enumerate(scalars):
             if n == len(scalars) - 1:
-                s = jax.nn.silu(nn.Dense(self.hidden, name="hidden", dtype=s.dtype)(s))
-            out = nn.Dense(1, False, name=f"layer{n}", dtype=s.dtype, kernel_init=SMALL)
+                s = jax.nn.silu(dense(self.hidden, "hidden", s.dtype)(s))
+            out = dense(1, f"layer{n}", s.dtype, SMALL, bias=False)
             total = total + out(s)[:, 0]
         return total
 
@@ -170,10 +171,10 @@ def make_potential(architecture: Architecture, constants: Constants) -> Potentia
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
         shapes = jax.tree.map(shape, (positions, graph))
-        params = network.lazy_init(key, *shapes, every_head)["params"]
-        # linen makes dense layers in float32 whatever their inputs are; an update in float64 would
-        # change their type, and the training step would be compiled twice
-        return jax.tree.map(lambda p: p.astype(positions.dtype), params)
+        boxed = jax.eval_shape(
+            lambda: network.lazy_init(jax.random.key(0), *shapes, every_head)["params"]
+        )
+        return draw(key, boxed, positions.dtype)
 
     def apply(
         params: Params, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...] = ()
