@@ -28,6 +28,7 @@ from orbq.fit import Silent, fit
 from orbq.preprocess.label import Resources, preprocess
 from orbq.preprocess.store import Dataset
 from orbq.splits import fraction_of
+from orbq.stages import make_stages
 
 MODEL = {
     "n_channels": 4,
@@ -406,6 +407,21 @@ def test_a_loss_that_is_not_finite_names_its_step(data, whole, tmp_path, monkeyp
 
 
 # --------------------------------------------------------------------------- data of a run
+
+
+def test_a_weight_of_zero_is_no_head_and_no_term(data, tmp_path):
+    """So that such a run is the energy-only one, bit for bit."""
+    runs = []
+    for weights in ({}, {"atomic": 0.0, "onsite": 0.0}):
+        training = {"pretrain_steps": 0, "unlabelled_share": 0.0}
+        config = config_of(
+            data, tmp_path, loss={"weights": weights}, training=training, data={"unlabelled": []}
+        )
+        prepared = prepare(config)
+        runs.append((prepared.architecture, prepared.spec, make_stages(config, prepared)[0].hyper))
+    assert runs[0] == runs[1]
+    assert runs[0][0].heads == ()
+    assert runs[0][1].terms == ("energy", "forces")
 
 
 @pytest.fixture(scope="module")

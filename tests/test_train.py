@@ -224,6 +224,22 @@ def test_a_weight_of_zero_gives_the_head_no_gradient():
         np.testing.assert_allclose(c - b, b - a, atol=FLOAT32 * size)
 
 
+def test_a_weight_of_zero_trains_what_a_potential_without_the_head_does():
+    """The head adds exact zeros to every gradient and nothing to its norm, but it is another
+    program, which rounds elsewhere. (A configuration's weight of 0 leaves the head out.)"""
+    weights = {"energy": 1.0, "forces": 2.0}
+    states, _ = after(4, hyper(weights={**weights, "density": 0.0}))
+    alone = make_potential(setup().potential.architecture._replace(heads=()), constants(()))
+    step = quick_jit(make_train_step(alone, setup().spec._replace(terms=("energy", "forces"))))
+    params = {k: v for k, v in start().params.items() if k != "head_density"}
+    state = TrainState(params, params, ADAM.init(params), jnp.zeros((), jnp.int32))
+    for _ in range(4):
+        state, _ = step(state, batch(), hyper(weights=weights))
+    close(state.params, {name: states[-1].params[name] for name in params})
+    heads_after, heads_before = (s.params["head_density"] for s in (states[-1], states[0]))
+    jax.tree.map(np.testing.assert_array_equal, heads_after, heads_before)
+
+
 # --------------------------------------------------------------------------- many runs as one
 
 
