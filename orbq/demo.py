@@ -5,8 +5,8 @@ training steps and the same seeds:
 
     energy-only    energies and forces
     multitask      the same, and the GFN1-xTB on-site charges of the same structures
-    + unlabelled   further complexes without DFT teach as well, by their GFN1-xTB charges and
-                   energies (labels that cost milliseconds): first alone, then as half of each batch
+    + unlabelled   the same, after pre-training on the GFN1-xTB charges and energies of further
+                   complexes that have no DFT energy (labels that cost milliseconds)
 """
 
 from __future__ import annotations
