@@ -84,6 +84,15 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     return serialization.from_state_dict(template, found), meta
 
 
+def recover(directory: Path) -> Path:
+    """``directory``, put back in place if ``save`` was killed between its two renames."""
+    for suffix in (".new", ".old"):
+        other = directory.with_name(directory.name + suffix)
+        if not directory.exists() and (other / _META).is_file():
+            other.rename(directory)
+    return directory
+
+
 def resumable(checkpoints: Path) -> list[Path]:
     """Complete resumable checkpoints of a run, newest first."""
     found = []

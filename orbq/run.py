@@ -239,7 +239,7 @@ def load(path: str | Path) -> Run:
             f"{directory}: {RUN_FILE} or {STATISTICS_FILE} is damaged ({type(error).__name__}: "
             f"{error}); copy the run again, or train again"
         ) from error
-    best = directory / CHECKPOINTS / checkpoint.BEST
+    best = checkpoint.recover(directory / CHECKPOINTS / checkpoint.BEST)
     if not best.is_dir():
         raise InputError(
             f"{directory} has no validated parameters yet; let `orbq train` reach its first "

@@ -99,6 +99,14 @@ def test_before_the_first_validation(directory):
         orbq.load(directory)
 
 
+@pytest.mark.parametrize("suffix", [".new", ".old"])
+def test_a_save_killed_between_its_renames_is_put_right(run, directory, suffix):
+    best = directory / "checkpoints" / "best"
+    best.rename(best.with_name(best.name + suffix))
+    same = jax.tree.map(np.array_equal, orbq.load(directory).params, run.params)
+    assert all(jax.tree.leaves(same)) and best.is_dir()
+
+
 def test_of_another_version(directory):
     path = directory / RUN_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "run_version": 99}))
