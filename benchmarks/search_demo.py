@@ -5,10 +5,10 @@
 
 Selection is by the validation energy error alone, on the embedded set split by complex with 30 % of
 the complexes in validation (so that the choice is less noisy than with the demonstration's 10 %);
-the test complexes are not looked at. Runs that are in the results already are skipped, so that an
-interrupted search goes on. Results: benchmarks/results/search_demo.jsonl. One core each:
+this script never evaluates the test complexes. Runs that are in the results already are skipped, so
+that an interrupted search goes on. Results: benchmarks/results/search_demo.jsonl. One core each:
 
-    OMP_NUM_THREADS=1 taskset -c 0 nice python benchmarks/search_demo.py baseline
+    OMP_NUM_THREADS=1 taskset -c 0 nice python benchmarks/search_demo.py regularisation
 """
 
 from __future__ import annotations

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 
-from orbq import demo
+from orbq import __version__, demo
 from orbq.commands.demo import _Bars
 from orbq.preprocess.label import preprocess
 
@@ -48,7 +52,22 @@ def main() -> None:
             forces = demo.spread(row.values["force_mae"], 1)
             ratio = demo.spread(row.ratios.get("energy_mae", []), 3)
             print(f"N={n_train} {row.arm:<14} {energy} meV  {forces} meV/Å  ratio {ratio}")
-        RESULTS.write_text(json.dumps({n: [r._asdict() for r in t] for n, t in found.items()}))
+        tables = {n: [r._asdict() for r in t] for n, t in found.items()}
+        RESULTS.write_text(json.dumps({**provenance(), "by_n_train": tables}, indent=1))
+
+
+def provenance() -> dict[str, str]:
+    """Commit, versions and machine of a result."""
+    describe = ["git", "describe", "--always", "--dirty=+"]
+    place = Path(__file__).parent
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=place, check=False)
+    return {
+        "commit": commit.stdout.strip(),
+        "orbq": __version__,
+        "jax": version("jax"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 if __name__ == "__main__":
