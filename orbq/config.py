@@ -1,7 +1,7 @@
 """Configuration: every key, its type and its bounds; all errors of a file reported at once.
 
 A configuration is a TOML file of the sections ``[data]``, ``[model]``, ``[loss]``,
-``[loss.weights]``, ``[training]`` and ``[run]``. Keys that are left out take the defaults below,
+``[loss.weights]``, ``[training]``, ``[ablation]`` and ``[run]``. Keys that are left out take the defaults below,
 which ``configs/base.toml`` lists with their units and meaning. ``base = "other.toml"`` at the top
 of a file starts from that file (relative to the one that names it). Nothing is coerced, except
 that a whole number may stand for a real one. Units: eV, Å, e.
@@ -48,6 +48,11 @@ Weight = Annotated[float, Field(ge=0, le=1e9)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 Widths = Annotated[tuple[Count, ...], Field(strict=False, max_length=8)]
+Weights = Annotated[tuple[Weight, ...], Field(strict=False)]
+Seeds = Annotated[tuple[CountOrZero, ...], Field(strict=False)]
+Counts = Annotated[tuple[Count, ...], Field(strict=False)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Rates = Annotated[tuple[Rate, ...], Field(strict=False)]
 
 # 'fit', or a table of element symbol -> energy of the isolated atom in eV
 References = Annotated[
@@ -175,6 +180,19 @@ class Run(Section):
     directory: Text = f"runs/{RUN_NAME}"
 
 
+class Ablation(Section):
+    """What `orbq ablate` varies; without targets there is nothing to ablate."""
+
+    targets: Names = ()
+    weights: Weights = (0.0, 1.0, 10.0, 30.0)
+    seeds: Seeds = (0, 1, 2)
+    subset_seeds: Seeds = ()
+    n_train: Seeds = ()
+    n_steps: Counts = ()
+    learning_rates: Rates = ()
+    max_runs_per_program: CountOrZero = 0
+
+
 class Config(Section):
     """A whole configuration. Construct it with ``load_config`` or ``parse_config``."""
 
@@ -182,6 +200,7 @@ class Config(Section):
     model: Model = Model()
     loss: Loss = Loss()
     training: Training = Training()
+    ablation: Ablation = Ablation()
     run: Run = Run()
 
     @model_validator(mode="after")
@@ -263,6 +282,44 @@ def _head_rule(config: Config) -> list[Problem]:
     return problems
 
 
+def _ablation_rule(config: Config) -> list[Problem]:
+    ablation, problems = config.ablation, []
+    if not ablation.targets:
+        return []
+
+    def wrong(key: str, text: str, *others: str) -> None:
+        problems.append(Problem(f"ablation.{key}", text, tuple(f"ablation.{o}" for o in others)))
+
+    for name in ablation.targets:
+        swept, *fixed = name.split("+")
+        for part in (swept, *fixed):
+            if part not in TARGETS:
+                wrong("targets", f"unknown target {part!r}; known: {', '.join(TARGETS)}")
+            elif part in fixed and not getattr(config.loss.weights, part):
+                wrong(
+                    "targets",
+                    f"{name!r} sweeps {swept}; give {part} its fixed weight: loss.weights.{part}",
+                )
+    for key in ("targets", "weights", "seeds", "n_train", "learning_rates"):
+        values = list(getattr(ablation, key))
+        if key in ("weights", "seeds") and not values:
+            wrong(key, "must not be empty")
+        if key != "seeds" and len(set(values)) < len(values):
+            wrong(key, f"holds a value twice: {values}")
+    for key, other in (("subset_seeds", "seeds"), ("n_steps", "n_train")):
+        found, wanted = len(getattr(ablation, key)), len(getattr(ablation, other))
+        if found and found != wanted:
+            wrong(key, f"has {found} values for the {wanted} of ablation.{other}", other)
+    pairs = list(zip(ablation.seeds, ablation.subset_seeds or ablation.seeds, strict=False))
+    if len(set(pairs)) < len(pairs):
+        wrong("seeds", "holds the same run twice", "subset_seeds")
+    if not config.loss.weights.energy:
+        wrong("targets", "runs are compared by their energy error: set loss.weights.energy above 0")
+    if not config.data.test_fraction:
+        wrong("targets", "runs are compared on the test split: set data.test_fraction above 0")
+    return problems
+
+
 RULES: tuple[Callable[[Config], list[Problem]], ...] = (
     _split_rule,
     _references_rule,
@@ -270,6 +327,7 @@ RULES: tuple[Callable[[Config], list[Problem]], ...] = (
     _unlabelled_rule,
     _weights_rule,
     _head_rule,
+    _ablation_rule,
 )
 
 
