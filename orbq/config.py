@@ -60,7 +60,7 @@ References = Annotated[
     Discriminator(lambda value: "<table>" if isinstance(value, dict) else "<word>"),
 ]
 
-Backbone = Literal["nequip"]
+Backbone = Literal["nequip", "mace"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 
 RESOLVED = ("orbital", "density", "onsite")  # targets that resolve m, so with parts of l > 0
@@ -114,6 +114,7 @@ class Model(Section):
     n_layers: Annotated[int, Field(ge=1, le=16)] = 2
     n_channels: Annotated[int, Field(ge=1, le=4096)] = 32
     lmax: Annotated[int, Field(ge=0, le=3)] = 2
+    lmax_hidden: Annotated[int, Field(ge=0, le=3)] = 1
     n_radial: Annotated[int, Field(ge=1, le=256)] = 8
     radial_hidden: Widths = (32,)
     readout_hidden: Annotated[int, Field(ge=1, le=4096)] = 16

@@ -93,6 +93,7 @@ def architecture_of(config: Config) -> Architecture:
         n_layers=model.n_layers,
         n_channels=model.n_channels,
         lmax=model.lmax,
+        lmax_hidden=model.lmax_hidden,
         n_radial=model.n_radial,
         radial_hidden=model.radial_hidden,
         readout_hidden=model.readout_hidden,

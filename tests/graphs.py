@@ -184,13 +184,15 @@ def random_params(potential: Potential, dtype: str = "float64", seed: int = 0) -
     NumPy arrays, drawn without compiling the potential's own initialisation.
     """
     shapes = jax.eval_shape(potential.init, jax.random.key(0), *make_graph([of_name("H2O")]))
-    rng = np.random.default_rng(seed)
+    rng, backbone = np.random.default_rng(seed), potential.architecture.backbone
 
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         fan_in = leaf.shape[0] if len(leaf.shape) == 2 else 10
-        return (rng.normal(size=leaf.shape) * fan_in**-0.5).astype(dtype)
+        before_products = "'mix'" in jax.tree_util.keystr(path) and backbone == "mace"
+        scale = fan_in**-0.5 * (0.1 if before_products else 1.0)  # their third power is taken
+        return (rng.normal(size=leaf.shape) * scale).astype(dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_statistics(name: str, seed: int = 0) -> Statistics:

@@ -12,7 +12,7 @@ import pytest
 from graphs import random_rotation, representation
 from jax.test_util import check_grads
 
-from orbq.models.nequip import to_irreps_array
+from orbq.models.layers import to_irreps_array
 from orbq.models.tensor_product import coupling, edge_tensor_product, paths
 
 # (highest degree of the features, of the harmonics, degrees of the messages)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from orbq import orbitals
 from orbq.models.initial import dense, fan_in
-from orbq.models.nequip import Features, degree_slice
+from orbq.models.layers import Features, degree_slice
 from orbq.targets import TARGETS, Statistics
 
 HEADS = ("equivariant", "invariant")

@@ -23,10 +23,12 @@ from jaxtyping import Array, Float
 
 from orbq.models.heads import SMALL, Segments, TargetHead
 from orbq.models.initial import dense, draw
+from orbq.models.layers import Settings
+from orbq.models.mace import MACE
 from orbq.models.nequip import NequIP
 from orbq.targets import TARGETS, Statistics
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"nequip": NequIP}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"nequip": NequIP, "mace": MACE}
 Params = Mapping[str, Any]
 
 
@@ -47,7 +49,7 @@ class Constants(NamedTuple):
 class Architecture(NamedTuple):
     """Structure of the network: another value is another compilation. Units Å.
 
-    species: what the network knows of the elements, nequip.SPECIES. heads: target ->
+    species: what the network knows of the elements, layers.SPECIES. heads: target ->
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
     share one second energy readout).
     """
@@ -58,6 +60,7 @@ class Architecture(NamedTuple):
     n_layers: int = 2
     n_channels: int = 32
     lmax: int = 2
+    lmax_hidden: int = 1
     n_radial: int = 8
     radial_hidden: tuple[int, ...] = (32,)
     readout_hidden: int = 16
@@ -120,15 +123,18 @@ class _Network(nn.Module):
         unpaired = graph.globals["spin_multiplicity"].astype(dtype) - 1
         state = jnp.stack([total_charge * arch.embed_charge, unpaired * arch.embed_spin], axis=-1)
         features = BACKBONES[arch.backbone](
-            elements=const.elements,
-            species=arch.species,
-            cutoff=arch.cutoff,
-            n_layers=arch.n_layers,
-            n_channels=arch.n_channels,
-            lmax=arch.lmax,
-            n_radial=arch.n_radial,
-            radial_hidden=arch.radial_hidden,
-            avg_num_neighbors=const.avg_num_neighbors,
+            Settings(
+                elements=const.elements,
+                species=arch.species,
+                cutoff=arch.cutoff,
+                n_layers=arch.n_layers,
+                n_channels=arch.n_channels,
+                lmax=arch.lmax,
+                lmax_hidden=min(arch.lmax_hidden, arch.lmax),
+                n_radial=arch.n_radial,
+                radial_hidden=arch.radial_hidden,
+                avg_num_neighbors=const.avg_num_neighbors,
+            ),
             name="backbone",
         )(vectors, species, graph.senders, graph.receivers, state[structure])
 

@@ -107,25 +107,27 @@ def _add(values: Iterable[Array]) -> Array | None:
     return total
 
 
-def _form(*args: Array, table: tuple[Path, ...], open_slot: str, sizes: tuple[int, ...]) -> Array:
+def _form(
+    *args: Array, table: tuple[Term, ...], open_slot: str, sizes: tuple[int, ...], shared: bool
+) -> Array:
     """F with ``open_slot`` left open; ``args`` fill the other slots in the order x, y, w, g."""
     # barriers keep XLA from fusing gathers and other forms into this one (measured: 2 to 3 times)
     args = jax.lax.optimization_barrier(args)
     given = dict(zip([s for s in SLOTS if s != open_slot], args, strict=True))
     lists = {
-        s: [a[:, n, None] if s == "y" else a[:, n] for n in range(a.shape[1])]
+        s: [a[:, n, None] if a.ndim == 2 else a[:, n] for n in range(a.shape[1])]
         for s, a in given.items()
     }
     # the slot multiplied last, outside the inner sums: the weights, or g when w itself is open
     last = "g" if open_slot == "w" else "w"
     first, second = (s for s in SLOTS if s not in (open_slot, last))
     rows: dict[int, dict[int, list]] = {}
-    for term in terms(table):
+    for term in table:
         index = dict(zip(SLOTS, term[:4], strict=True))
         inner = rows.setdefault(index[open_slot], {}).setdefault(index[last], [])
         inner.append((term.value, lists[first][index[first]], lists[second][index[second]]))
     out = _sum_by(rows, lists[last], sizes[SLOTS.index(open_slot)])
-    if open_slot != "y":
+    if open_slot != "y" or not shared:
         return jax.lax.optimization_barrier(jnp.stack(out, axis=1))
     out = jax.lax.optimization_barrier(out)
     ones = jnp.ones((out[0].shape[-1],), out[0].dtype)
@@ -141,13 +143,11 @@ def _bind(open_slot: str, slots: dict[str, Array], params: dict[str, Any]) -> Ar
 
 
 def _abstract(
-    *args: Any, table: tuple[Path, ...], open_slot: str, sizes: tuple[int, ...]
+    *args: Any, table: tuple[Term, ...], open_slot: str, sizes: tuple[int, ...], shared: bool
 ) -> jax.core.ShapedArray:
-    edges, channels = args[0].shape[0], args[1 if open_slot == "x" else 0].shape[-1]
-    if open_slot == "x":
-        channels = args[-1].shape[-1]
+    edges, channels = args[0].shape[0], args[-1].shape[-1]  # the last is w or g
     n = sizes[SLOTS.index(open_slot)]
-    shape = (edges, n) if open_slot == "y" else (edges, n, channels)
+    shape = (edges, n) if open_slot == "y" and shared else (edges, n, channels)
     return jax.core.ShapedArray(shape, args[0].dtype)
 
 
@@ -182,7 +182,7 @@ def _batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> 
     return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-form_p.def_impl(jax.jit(_form, static_argnames=("table", "open_slot", "sizes")))
+form_p.def_impl(jax.jit(_form, static_argnames=("table", "open_slot", "sizes", "shared")))
 form_p.def_abstract_eval(_abstract)
 ad.defjvp(form_p, *(_jvp_rule(n) for n in range(3)))
 ad.primitive_transposes[form_p] = _transpose
@@ -203,5 +203,20 @@ def edge_tensor_product(
     """
     degrees = sorted({p.l3 for p in path_table})
     n_out = sum(2 * l3 + 1 for l3 in degrees)
-    sizes = (features.shape[1], harmonics.shape[1], len(path_table), n_out)
-    return form_p.bind(features, harmonics, weights, table=path_table, open_slot="g", sizes=sizes)
+    return form(features, harmonics, weights, terms(path_table), n_out)
+
+
+def form(
+    x: Float[Array, "N I C"],
+    y: Float[Array, "N J C"] | Float[Array, "N J"],
+    w: Float[Array, "N P C"],
+    table: tuple[Term, ...],
+    n_out: int,
+) -> Float[Array, "N K C"]:
+    """out[n, k, c] = sum over ``table`` of value * x[n, i, c] * y[n, j, c] * w[n, p, c].
+
+    y without channels is shared by all of them. Differentiable to any order.
+    """
+    sizes = (x.shape[1], y.shape[1], w.shape[1], n_out)
+    shared = y.ndim == 2
+    return form_p.bind(x, y, w, table=table, open_slot="g", sizes=sizes, shared=shared)
