@@ -60,7 +60,7 @@ References = Annotated[
     Discriminator(lambda value: "<table>" if isinstance(value, dict) else "<word>"),
 ]
 
-Backbone = Literal["nequip", "mace"]
+Backbone = Literal["nequip", "mace", "invariant"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 
 RESOLVED = ("orbital", "density", "onsite")  # targets that resolve m, so with parts of l > 0
@@ -277,7 +277,10 @@ def _head_rule(config: Config) -> list[Problem]:
         if model.head == "invariant" and name != "orbital":
             text = "has components of l > 0: it needs model.head = 'equivariant'"
             problems.append(Problem(key, text, ("model.head",)))
-        if model.head == "equivariant" and model.lmax < 2:
+        if model.head == "equivariant" and model.backbone == "invariant":
+            text = "its features have no degree above 0: an equivariant head needs another backbone"
+            problems.append(Problem("model.backbone", text, ("model.head", key)))
+        elif model.head == "equivariant" and model.lmax < 2:
             text = f"an equivariant head for {name!r} needs lmax >= 2, is {model.lmax}"
             problems.append(Problem("model.lmax", text, ("model.head", key)))
     return problems

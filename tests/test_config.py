@@ -41,7 +41,10 @@ INVALID = [
     ("[model]\nlmax = 2.0", ["model.lmax: must be a whole number, is 2.0"]),
     ("[model]\nn_layers = true", ["model.n_layers: must be a whole number, is true"]),
     ("[model]\nembed_charge = 1", ["model.embed_charge: must be true or false, is 1"]),
-    ("[model]\nbackbone = 'nequib'", ["must be 'nequip' or 'mace', is 'nequib'", "did you mean nequip?"]),
+    (
+        "[model]\nbackbone = 'nequib'",
+        ["must be 'nequip', 'mace' or 'invariant', is 'nequib'", "did you mean nequip?"],
+    ),
     ("[model]\nradial_hidden = 32", ["model.radial_hidden: must be a list, is 32"]),
     ("[model]\nradial_hidden = [32, 0]", ["model.radial_hidden[1]: must be at least 1, is 0"]),
     ("[model]\nradial_hidden = [32.0]", ["model.radial_hidden[0]: must be a whole number"]),

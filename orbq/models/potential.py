@@ -23,12 +23,17 @@ from jaxtyping import Array, Float
 
 from orbq.models.heads import SMALL, Segments, TargetHead
 from orbq.models.initial import dense, draw
+from orbq.models.invariant import Invariant
 from orbq.models.layers import Settings
 from orbq.models.mace import MACE
 from orbq.models.nequip import NequIP
 from orbq.targets import TARGETS, Statistics
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"nequip": NequIP, "mace": MACE}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "nequip": NequIP,
+    "mace": MACE,
+    "invariant": Invariant,
+}
 Params = Mapping[str, Any]
 
 
