@@ -69,7 +69,21 @@ def products(lmax: int, lmax_out: int) -> Products:
         for terms, size in found:
             out += [t._replace(p=len(scale), value=t.value / size) for t in terms]
             scale.append(len(found) ** -0.5)
-    return Products(tuple(pairs), start, tuple(out), tuple(scale))
+    merged = _merged(pairs, 0, n_a), _merged(out, 1, n_a)
+    return Products(merged[0], start, merged[1], tuple(scale))
+
+
+def _merged(terms: list[Term], first: int, n_a: int) -> tuple[Term, ...]:
+    """One term in place of two that differ by the order of two features of A, which are the rows
+    from ``first`` of the left factor."""
+    values: dict[tuple[int, int, int, int], float] = {}
+    for t in terms:
+        i, j = t.i, t.j
+        if first <= i < first + n_a and i - first > j:
+            i, j = j + first, i - first
+        key = (i, j, t.p, t.k)
+        values[key] = values.get(key, 0.0) + t.value
+    return tuple(Term(*key, value) for key, value in values.items() if abs(value) > 1e-9)
 
 
 def _pair_rows(lmax: int) -> list[Path]:
