@@ -87,20 +87,39 @@ def terms(path_table: tuple[Path, ...]) -> tuple[Term, ...]:
     return tuple(out)
 
 
-def _sum_by(rows: dict[int, dict[int, list]], outer: list, n: int) -> list:
+def _sum_by(
+    rows: dict[int, dict[int, list]], outer: list, n: int, inner: Callable[[list], Array]
+) -> list:
     """sum over q of outer[q] * (sum of inner products), for each of n output rows."""
     out = []
     for row in range(n):
         total = None
-        for q, inner in rows.get(row, {}).items():
-            part = _add(c * a * b for c, a, b in inner)
-            part = part * outer[q]
+        for q, products in rows.get(row, {}).items():
+            part = inner(products) * outer[q]
             total = part if total is None else total + part
         out.append(jnp.zeros_like(outer[0]) if total is None else total)
     return out
 
 
-def _add(values: Iterable[Array]) -> Array | None:
+def _one_by_one(products: list) -> Array:
+    """sum of c a b."""
+    return _add(c * a * b for c, a, b in products)
+
+
+def _by_coefficient(products: list) -> Array:
+    """sum of c a b with each |c| multiplied once: fewer operations to compile."""
+    groups: dict[float, list] = {}
+    for c, a, b in products:
+        groups.setdefault(round(abs(c), 9), []).append((c, a * b))
+    parts = []
+    for (first, total), *others in groups.values():
+        for c, value in others:
+            total = total + value if c * first > 0 else total - value
+        parts.append(first * total)
+    return _add(parts)
+
+
+def _add(values: Iterable[Array]) -> Any:
     total = None
     for v in values:
         total = v if total is None else total + v
@@ -126,7 +145,8 @@ def _form(
         index = dict(zip(SLOTS, term[:4], strict=True))
         inner = rows.setdefault(index[open_slot], {}).setdefault(index[last], [])
         inner.append((term.value, lists[first][index[first]], lists[second][index[second]]))
-    out = _sum_by(rows, lists[last], sizes[SLOTS.index(open_slot)])
+    add = _one_by_one if shared else _by_coefficient
+    out = _sum_by(rows, lists[last], sizes[SLOTS.index(open_slot)], add)
     if open_slot != "y" or not shared:
         return jax.lax.optimization_barrier(jnp.stack(out, axis=1))
     out = jax.lax.optimization_barrier(out)
