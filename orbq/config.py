@@ -1,10 +1,10 @@
 """Configuration: every key, its type and its bounds; all errors of a file reported at once.
 
 A configuration is a TOML file of the sections ``[data]``, ``[model]``, ``[loss]``,
-``[loss.weights]``, ``[training]``, ``[ablation]`` and ``[run]``. Keys that are left out take the defaults below,
-which ``configs/base.toml`` lists with their units and meaning. ``base = "other.toml"`` at the top
-of a file starts from that file (relative to the one that names it). Nothing is coerced, except
-that a whole number may stand for a real one. Units: eV, Å, e.
+``[loss.weights]``, ``[training]``, ``[ablation]`` and ``[run]``. Keys that are left out take the
+defaults below, which ``configs/base.toml`` lists with their units and meaning. ``base =
+"other.toml"`` at the top of a file starts from that file (relative to the one that names it).
+Nothing is coerced, except that a whole number may stand for a real one. Units: eV, Å, e.
 """
 
 from __future__ import annotations
