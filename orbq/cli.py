@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "orbq.commands.inspect",
     "verify": "orbq.commands.verify",
     "train": "orbq.commands.train",
+    "ablate": "orbq.commands.ablate",
     "evaluate": "orbq.commands.evaluate",
     "predict": "orbq.commands.predict",
     "doctor": "orbq.commands.doctor",

@@ -1,0 +1,156 @@
+"""``orbq ablate``: what a charge loss and its weight do; many runs, few programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from orbq.study.plan import Program
+
+INTERRUPTED = "Finished programs and checkpoints are kept; run the same command again to go on."
+
+
+def ablate(
+    config: Annotated[Path, typer.Argument(help="A TOML file with an [ablation] table.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. ablation.weights=[0,10]")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the programs and the runs; train nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the ablation in the same directory.")
+    ] = False,
+) -> None:
+    """Train over charge weights, seeds, train sizes and targets; report what the charges bring.
+
+    Runs that differ only in weight, seed or learning rate train as one vmapped program. Writes
+    results.jsonl and results.csv to run.directory. The same command goes on
+    where it was stopped.
+
+    \b
+    Examples:
+      orbq ablate configs/ablate_charge.toml --plan
+      orbq ablate configs/ablate_charge.toml
+      orbq ablate mine.toml ablation.targets='["onsite"]' run.directory=runs/onsite
+    """
+    from orbq.config import load_config
+    from orbq.fit import configure_jax
+    from orbq.study.report import write_report
+    from orbq.study.run import pending_programs, read_results, run_ablation
+
+    settings = load_config(config, overrides or [])
+    console = Console(highlight=False)
+    directory = Path(settings.run.directory)
+    if plan:
+        configure_jax(settings)
+        done = read_results(directory)
+        show_plan(pending_programs(settings, done), len(done), console)
+        return
+    with Display(console) as display:
+        records = run_ablation(settings, overwrite=overwrite, reporter=display)
+    summary = write_report(directory, records)
+    console.print(Text(summary))
+
+
+def show_plan(programs: list[Program], n_done: int, console: Console) -> None:
+    """The programs that are left, with their runs and steps."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("program")
+    for column in ("runs", "weights", "seeds", "steps each"):
+        table.add_column(column, justify="right")
+    for program in programs:
+        runs, training = program.runs, program.config.training
+        table.add_row(
+            program.name,
+            str(len(runs)),
+            ", ".join(f"{w:g}" for w in sorted({run.weight for run in runs})),
+            ", ".join(str(s) for s in sorted({run.seed for run in runs})),
+            f"{training.pretrain_steps + training.n_steps:,}",
+        )
+    console.print(table)
+    n_runs = sum(len(program.runs) for program in programs)
+    steps = sum(n_steps(program) * len(program.runs) for program in programs)
+    done = f"; {n_done} runs are finished" if n_done else ""
+    console.print(f"{len(programs)} programs, {n_runs} runs, {steps:,} steps in all{done}")
+
+
+def n_steps(program: Program) -> int:
+    """Steps of one run of a program."""
+    return program.config.training.pretrain_steps + program.config.training.n_steps
+
+
+class Display:
+    """The terminal: one bar for the program at work and one for everything, with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=console,
+        )
+        self.before, self.total, self.seen = 0, 0, 0
+        self.all = self.own = self.progress.add_task("steps x runs", total=None, eta="")
+        self.name = ""
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def planned(self, pending: list[Program], n_done: int) -> None:
+        """What is left to do."""
+        show_plan(pending, n_done, self.console)
+        self.total = sum(n_steps(p) * len(p.runs) for p in pending)
+        self.progress.update(self.all, total=self.total)
+
+    def stepped(self, program: Program, step: int, n_steps: int) -> None:
+        """Move both bars."""
+        if program.name != self.name:
+            if self.own != self.all:
+                self.progress.remove_task(self.own)
+            self.name = program.name
+            self.own = self.progress.add_task(program.name, total=n_steps, completed=step, eta="")
+        self.progress.update(self.own, completed=step)
+        done = self.before + step * len(program.runs)
+        if not self.seen:
+            self.seen = done  # what a resumed program had done is no measure of the speed
+            return
+        elapsed = self.progress.tasks[0].elapsed or 0.0
+        left = elapsed * (self.total - done) / max(done - self.seen, 1)
+        self.progress.update(self.all, completed=done, eta=f"ETA {_clock(left)}")
+
+    def validated(self, program: Program, step: int, errors: np.ndarray) -> None:
+        """The range of the runs' validation errors."""
+        text = f"{errors.min():.1f} to {errors.max():.1f} meV"
+        self.progress.update(self.own, description=f"{program.name} (validation {text})")
+
+    def finished(self, program: Program, records: list[dict[str, Any]]) -> None:
+        """One line per finished program."""
+        self.before += n_steps(program) * len(program.runs)
+        errors = [record["test"]["energy_mae_meV"] for record in records]
+        self.console.print(
+            f"{program.name}: {len(records)} runs in {records[0]['program_seconds']:.0f} s, "
+            f"test energy MAE {min(errors):.1f} to {max(errors):.1f} meV"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,302 @@
+"""One program of an ablation: many runs trained at once on the same batches.
+
+The order of batches is a pure function of (seed, epoch), and a checkpoint holds every run's whole
+state, so that a program that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orbq import checkpoint
+from orbq.ablate import (
+    Selection,
+    grid,
+    keep_best,
+    over_params,
+    over_runs,
+    restart,
+    start_selection,
+)
+from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
+from orbq.errors import OrbqError
+from orbq.losses import Batch
+from orbq.metrics import add_sums, from_sums
+from orbq.models.potential import Params, make_potential
+from orbq.preprocess.pack import Packer
+from orbq.preprocess.prefetch import prefetch
+from orbq.stages import Stage, make_stages
+from orbq.study.plan import Program, RunSpec, settings_of
+from orbq.train import Hyper, TrainState, make_evaluate, make_init, make_train_step
+
+CRITERION = "energy_mae_meV"  # of the validation split: what stops a run
+CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+
+
+class Watcher(Protocol):
+    """What is told while a program trains."""
+
+    def stepped(self, program: Program, step: int, n_steps: int) -> None: ...
+    def validated(self, program: Program, step: int, errors: np.ndarray) -> None: ...
+
+
+class Unwatched:
+    """Tells nothing."""
+
+    def stepped(self, program: Program, step: int, n_steps: int) -> None: ...
+    def validated(self, program: Program, step: int, errors: np.ndarray) -> None: ...
+
+
+@dataclass
+class Place:
+    """Where a program is, beside its arrays; JSON in every checkpoint.
+
+    runs: what trains in it. stage: index. step: updates made in it. epoch, batch: the next batch.
+    loss_sums [R], counted: training loss since the last validation. curve: per validation, the
+    step, its errors [R] in meV and mean training losses [R]. seconds, cpu_seconds: spent so far.
+    """
+
+    runs: list[list[Any]]
+    stage: int = 0
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    loss_sums: list[float] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Training:
+    """A program at work. ``run`` returns one record per run; state and selection stay."""
+
+    state: TrainState
+    selection: Selection
+
+    def __init__(
+        self,
+        program: Program,
+        directory: Path | None = None,
+        watcher: Watcher | None = None,
+        data: TrainingData | None = None,
+    ) -> None:
+        """directory: for checkpoints; None for none. data: None to prepare it."""
+        self.program, self.watcher = program, watcher or Unwatched()
+        self.checkpoints = directory / "checkpoints" if directory else None
+        self.data = data or prepare(program.config)
+        self.runs = _padded(program.runs, len(jax.local_devices()))
+        self.stages = make_stages(program.config, self.data)
+        self.n_steps = sum(stage.n_steps for stage in self.stages)
+        potential = make_potential(self.data.architecture, self.data.constants)
+        spec = self.data.spec
+        vmapped = [
+            over_runs(make_init(potential), make_train_step(potential, spec._replace(terms=terms)))
+            for terms in (stage.terms for stage in self.stages)
+        ]
+        self.init = vmapped[0][0]
+        self.steps = [jax.jit(step, donate_argnums=(0,)) for _, step in vmapped]
+        self.evaluate = jax.jit(over_params(make_evaluate(potential, spec.terms)))
+        self.keep_best = jax.jit(keep_best)
+        self.place = Place([list(run) for run in self.runs])
+        self.clocks = time.monotonic(), time.process_time()
+
+    # ------------------------------------------------------------------ training
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Returns a record of every run: its specification, the step and the errors of its best
+        validation, the test errors of those parameters, and what was spent.
+        """
+        self._begin()
+        for index in range(self.place.stage, len(self.stages)):
+            if index > self.place.stage:
+                self.state = self._spread(restart(self.state))
+                p = self.place
+                p.stage, p.step, p.epoch, p.batch = index, 0, 0, 0
+                p.counted, p.loss_sums = 0, []
+            self._run_stage(self.stages[index], self.steps[index])
+        records = self._records()
+        if self.checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return records
+
+    def _begin(self) -> None:
+        keys = jnp.stack([jax.random.key(run.seed) for run in self.runs])
+        first = to_batch(self._packer(self.stages[0].pool).batch(np.arange(1)))
+        shapes = jax.eval_shape(self.init, keys, first)
+        for found in checkpoint.resumable(self.checkpoints) if self.checkpoints else []:
+            template = {
+                "state": shapes,
+                "selection": jax.eval_shape(start_selection, shapes.params),
+            }
+            try:
+                tree, meta = checkpoint.restore(found, template)
+            except OrbqError:  # damaged, or of a program of other runs: an older one or none
+                continue
+            if meta["runs"] == self.place.runs:
+                self.place = Place(**meta)
+                self.state, self.selection = (self._spread(tree[n]) for n in ("state", "selection"))
+                return
+        # parameters are drawn run by run: one seed has one set of them, bit for bit
+        init = jax.jit(lambda key, batch: jax.tree.map(lambda x: x[0], self.init(key, batch)))
+        drawn = {r.seed: init(k[None], first) for r, k in zip(self.runs, keys, strict=True)}
+        states = [drawn[run.seed] for run in self.runs]
+        self.state = self._spread(jax.tree.map(lambda *x: jnp.stack(x), *states))
+        self.selection = self._spread(start_selection(jax.tree.map(jnp.copy, self.state.params)))
+
+    def _run_stage(self, stage: Stage, step: Any) -> None:
+        training, p = self.program.config.training, self.place
+        hyper = self._hyper(stage)
+        choosing = stage is self.stages[-1]
+        pending: list[jax.Array] = []
+        batches: Any = prefetch(self._batches(stage), 2)
+        try:
+            for epoch, number, batch in batches:
+                if p.step >= stage.n_steps or self._stopped(training.patience):
+                    break
+                self.state, metrics = step(self.state, batch, hyper)
+                pending.append(metrics["loss"])
+                p.step, p.epoch, p.batch = p.step + 1, epoch, number + 1
+                last = p.step == stage.n_steps
+                validating = choosing and (last or p.step % training.validate_every == 0)
+                saving = p.step % training.checkpoint_every == 0 and not last
+                if validating or saving or last or p.step % CHECK_EVERY == 0:
+                    self._settle(pending)
+                if validating:
+                    self._validate(training.patience)
+                if saving:
+                    self._save()
+        finally:
+            batches.close()
+
+    def _batches(self, stage: Stage) -> Iterator[tuple[int, int, Batch]]:
+        packer, seed = self._packer(stage.pool), self.program.config.training.seed
+        epoch, start = self.place.epoch, self.place.batch
+        while True:
+            plan = epoch_plan(
+                stage.pool, stage.n_labelled, stage.share, self.data.budget, seed, epoch
+            )
+            for number in range(start, len(plan)):
+                yield epoch, number, to_batch(packer.batch(plan[number]))
+            epoch, start = epoch + 1, 0
+
+    def _hyper(self, stage: Stage) -> Hyper:
+        pretraining = stage is not self.stages[-1]
+        settings = [settings_of(self.program, run, pretraining) for run in self.runs]
+        hyper: Hyper = self._spread(grid(settings, stage.hyper))
+        return hyper
+
+    def _packer(self, pool: Any) -> Packer:
+        return make_packer(self.data, pool, self.program.config)
+
+    def _spread(self, tree: Any) -> Any:
+        """Leaves [R, ...] over this process's devices, by runs."""
+        devices = jax.local_devices()
+        if len(devices) == 1:
+            return tree
+        mesh = jax.sharding.Mesh(np.array(devices), ("run",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("run"))
+        return jax.device_put(tree, sharding)
+
+    # ------------------------------------------------------------------ records
+
+    def _settle(self, pending: list[jax.Array]) -> None:
+        """Take the waiting losses from the device."""
+        p = self.place
+        for losses in jax.device_get(pending):
+            sums = np.asarray(p.loss_sums) if p.loss_sums else np.zeros(len(self.runs))
+            p.loss_sums = (sums + losses).tolist()
+            p.counted += 1
+        pending.clear()
+        before = sum(stage.n_steps for stage in self.stages[: p.stage])
+        self.watcher.stepped(self.program, before + p.step, self.n_steps)
+
+    def _validate(self, patience: int) -> None:
+        p = self.place
+        errors = self.errors(self.state.ema, "validation")
+        found = np.array([e[CRITERION] for e in errors])
+        steps = jnp.asarray(p.step, jnp.int32), jnp.asarray(patience, jnp.int32)
+        self.selection = self.keep_best(
+            self.selection, self.state.ema, jnp.asarray(found, self.selection.error.dtype), *steps
+        )
+        losses = [x / max(p.counted, 1) for x in p.loss_sums]
+        p.curve.append({"step": p.step, "validation": found.tolist(), "loss": losses})
+        p.loss_sums, p.counted = [], 0
+        self.watcher.validated(self.program, p.step, found[: len(self.program.runs)])
+
+    def _stopped(self, patience: int) -> bool:
+        return bool(patience and (np.asarray(self.selection.stale) >= patience).all())
+
+    def errors(self, params: Params, part: str) -> list[dict[str, float]]:
+        """Errors of every run's parameters on a part of the data, keys as in metrics.jsonl."""
+        packer = self._packer(self.data.pools[part])
+        parts = [self.evaluate(params, to_batch(packer.batch(i))) for i in packer.plan(0)]
+        sums = add_sums(jax.device_get(parts))
+        return [
+            from_sums({name: values[r] for name, values in sums.items()})
+            for r in range(len(self.runs))
+        ]
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        p = self.place
+        meta = asdict(p) | dict(zip(("seconds", "cpu_seconds"), self._spent(), strict=True))
+        step = sum(stage.n_steps for stage in self.stages[: p.stage]) + p.step
+        tree = {"state": self.state, "selection": self.selection}
+        checkpoint.save_step(self.checkpoints, step, tree, meta)
+
+    def _spent(self) -> tuple[float, float]:
+        """Wall and CPU seconds of this program, those before a resumption included."""
+        wall, cpu = time.monotonic() - self.clocks[0], time.process_time() - self.clocks[1]
+        return self.place.seconds + wall, self.place.cpu_seconds + cpu
+
+    def _records(self) -> list[dict[str, Any]]:
+        best = self.selection.params
+        validation, test = (self.errors(best, part) for part in ("validation", "test"))
+        steps, found = np.asarray(self.selection.step), np.asarray(self.selection.error)
+        seconds, cpu = self._spent()
+        n, n_train = len(self.program.runs), len(self.data.pools["train"])
+        records = []
+        for r, run in enumerate(self.program.runs):
+            curve = {
+                "step": [point["step"] for point in self.place.curve],
+                "validation": [round(point["validation"][r], 4) for point in self.place.curve],
+                "loss": [float(f"{point['loss'][r]:.5g}") for point in self.place.curve],
+            }
+            records.append(
+                {
+                    "program": self.program.name,
+                    **run._asdict(),
+                    "target": None if run.weight == 0 else run.arm,
+                    "n_train": n_train,
+                    "asked": run.n_train,
+                    "diverged": not bool(np.isfinite(found[r])),
+                    "best_step": int(steps[r]),
+                    "steps": sum(s.n_steps for s in self.stages[:-1]) + self.place.step,
+                    "validation": validation[r],
+                    "test": test[r],
+                    "n_test": len(self.data.pools["test"]),
+                    "program_seconds": round(seconds, 2),
+                    "program_cpu_seconds": round(cpu, 2),
+                    "program_runs": n,
+                    "curve": curve,
+                }
+            )
+        return records
+
+
+def _padded(runs: tuple[RunSpec, ...], n_devices: int) -> list[RunSpec]:
+    """The runs, the last one repeated until every device has as many."""
+    return [*runs, *[runs[-1]] * (-len(runs) % n_devices)]

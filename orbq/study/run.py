@@ -1,0 +1,209 @@
+"""An ablation from a configuration to records on disk; it goes on where it was stopped.
+
+The directory holds ``ablation.json`` (configuration and fingerprint), ``results.jsonl`` (one line
+per finished run, with its provenance), ``programs/`` (checkpoints of unfinished programs) and the
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from orbq import __version__
+from orbq.config import Config
+from orbq.data import TrainingData, make_packer, prepare, to_batch
+from orbq.errors import InputError
+from orbq.fit import configure_jax
+from orbq.models.heads import n_parameters
+from orbq.models.potential import make_potential
+from orbq.preprocess.store import write_atomically
+from orbq.study.plan import Program, RunSpec, fingerprint, make_plan
+from orbq.study.program import Training, Unwatched, Watcher
+
+DESCRIPTION, RESULTS, PROGRAMS = "ablation.json", "results.jsonl", "programs"
+_OWN = {DESCRIPTION, RESULTS, PROGRAMS}
+_COPIES = 8  # arrays of the parameters' size a run keeps: state, moments, best, gradient, update
+_SHARE = 0.5  # of the device's memory that the estimate may fill
+
+
+class Reporter(Watcher, Protocol):
+    """What is told about a whole ablation."""
+
+    def planned(self, pending: list[Program], n_done: int) -> None: ...
+    def finished(self, program: Program, records: list[dict[str, Any]]) -> None: ...
+
+
+class Silent(Unwatched):
+    """Tells nothing."""
+
+    def planned(self, pending: list[Program], n_done: int) -> None: ...
+    def finished(self, program: Program, records: list[dict[str, Any]]) -> None: ...
+
+
+def run_ablation(
+    config: Config, overwrite: bool = False, reporter: Reporter | None = None
+) -> list[dict[str, Any]]:
+    """Train every run of the [ablation] table that has no record yet; all records.
+
+    overwrite: delete the records and start anew. Raises InputError when the directory holds
+    something else, or an ablation of another configuration.
+    """
+    configure_jax(config)
+    reporter, directory = reporter or Silent(), Path(config.run.directory)
+    make_plan(config)  # refuse an empty table before the directory is made
+    _claim(directory, config, overwrite)
+    done = read_results(directory)
+    pending = pending_programs(config, done)
+    reporter.planned(pending, len(done))
+    for program in pending:
+        place = directory / PROGRAMS / program.name
+        records = Training(program, place, reporter).run()
+        where = provenance()
+        records = [record | {"provenance": where} for record in records]
+        _append(directory / RESULTS, records)
+        shutil.rmtree(place, ignore_errors=True)
+        done += records
+        reporter.finished(program, records)
+    return done
+
+
+def pending_programs(config: Config, done: Iterable[dict[str, Any]]) -> list[Program]:
+    """The programs that are left, each with the runs that have no record."""
+    finished = {spec_of(record) for record in done}
+    programs = make_plan(config, config.ablation.max_runs_per_program or None)
+    if not config.ablation.max_runs_per_program and programs:
+        largest = max(programs, key=lambda p: p.config.data.n_train or np.inf)
+        programs = make_plan(config, runs_that_fit(largest.config))
+    left = [p._replace(runs=tuple(r for r in p.runs if r not in finished)) for p in programs]
+    return [program for program in left if program.runs]
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def runs_that_fit(config: Config) -> int:
+    """How many runs of a configuration should fit the device's memory at once, by an estimate."""
+    data = prepare(config)
+    potential = make_potential(data.architecture, data.constants)
+    dtype = jax.dtypes.canonicalize_dtype(config.training.precision)
+    example = to_batch(make_packer(data, data.pools["validation"], config).batch(np.arange(1)))
+    shapes = jax.eval_shape(potential.init, jax.random.key(0), *example[:2])
+    n = n_parameters(shapes)
+    each = dtype.itemsize * (_COPIES * n + activations(config, data))
+    return max(1, int(_SHARE * device_memory() / each)) * len(jax.local_devices())
+
+
+def activations(config: Config, data: TrainingData) -> int:
+    """Numbers that one run keeps for the backward pass, from above: per layer, some arrays of
+    [edges, (lmax + 1)^2, channels]; twice as many when forces are trained on."""
+    model = config.model
+    per_edge = model.n_channels * (model.lmax + 1) ** 2
+    copies = 12 if "forces" in data.spec.terms or "xtb_forces" in data.spec.terms else 6
+    return data.budget.n_edge * per_edge * model.n_layers * copies
+
+
+def device_memory() -> int:
+    """Bytes of one device; on a CPU, of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+
+
+# --------------------------------------------------------------------------- records
+
+
+def _claim(directory: Path, config: Config, overwrite: bool) -> None:
+    """Make sure that ``directory`` is free, or holds this very ablation."""
+    held = {p.name for p in directory.iterdir()} if directory.exists() else set()
+    if held and not held & _OWN:
+        raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
+    if overwrite and held:
+        shutil.rmtree(directory)
+        held = set()
+    own = fingerprint(config)
+    if DESCRIPTION in held:
+        try:
+            before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
+        if before.get("fingerprint") != own:
+            raise InputError(
+                f"{directory} holds an ablation of another configuration: choose another "
+                "run.directory, or start anew with --overwrite (which deletes it)"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    document = {
+        "orbq_version": __version__,
+        "fingerprint": own,
+        "config": json.loads(config.model_dump_json()),
+    }
+    write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """The finished runs of an ablation; a last line cut off by a power failure is skipped."""
+    try:
+        lines = (directory / RESULTS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise InputError(
+                    f"{directory / RESULTS}, line {number} is damaged: delete it"
+                ) from None
+    return records
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add lines to ``path`` and put them on disk; what was cut off before is taken away."""
+    lines = [json.dumps(r) for r in [*read_results(path.parent), *records]]
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def spec_of(record: dict[str, Any]) -> RunSpec:
+    """The run that a record is of."""
+    fields = {name: record[name] for name in RunSpec._fields if name != "n_train"}
+    return RunSpec(n_train=record["asked"], **fields)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, machine and time of a result."""
+    device = jax.local_devices()[0]
+    return {
+        "orbq": __version__,
+        "commit": _commit(),
+        **{name: version(name) for name in ("jax", "flax", "e3nn-jax", "optax", "numpy")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{len(jax.local_devices())} x {device.device_kind}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that orbq is imported from, with a + if changed; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

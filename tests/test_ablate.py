@@ -1,0 +1,228 @@
+"""An ablation end to end: its plan, one program against the runs alone, and a real kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import MODEL, complexes
+
+from orbq.ablate import grid, keep_best, start_selection
+from orbq.config import Config, parse_config
+from orbq.errors import InputError
+from orbq.preprocess.label import Resources, preprocess
+from orbq.study import run_ablation
+from orbq.study.plan import BASELINE, make_plan, settings_of
+from orbq.study.program import Training
+from orbq.study.report import rows_of, write_report
+from orbq.study.run import PROGRAMS, RESULTS, read_results
+from orbq.train import Hyper
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Organic complexes: few elements, so that small subsets hold them all."""
+    place = tmp_path_factory.mktemp("ablate") / "data"
+    preprocess(complexes(400, {1, 6, 7, 8}), place, resources=Resources(workers=1))
+    return place
+
+
+def config(dataset: str | Path = "tmc", directory: str | Path = "x", **sections: Any) -> Config:
+    base: dict[str, Any] = {
+        "data": {
+            "dataset": str(dataset),
+            "split": "within",
+            "validation_fraction": 0.2,
+            "test_fraction": 0.3,
+            "charge_reference": False,
+        },
+        "model": {**MODEL, "n_layers": 1},
+        "loss": {"weights": {"forces": 0.0}},
+        "training": {
+            "n_steps": 12, "warmup_steps": 2, "validate_every": 4, "checkpoint_every": 4,
+            "batch_size": 4,
+        },
+        "ablation": {"targets": ["shell"], "weights": [0.0, 10.0], "seeds": [0, 1]},
+        "run": {"directory": str(directory)},
+    }  # fmt: skip
+    return parse_config({k: {**base.get(k, {}), **sections.get(k, {})} for k in {*base, *sections}})
+
+
+# --------------------------------------------------------------------------- plan
+
+
+def test_what_is_traced_shares_a_program_and_what_is_not_does_not() -> None:
+    ablation = {
+        "targets": ["onsite", "shell"], "weights": [3.0, 30.0], "seeds": [0, 1, 2, 3],
+        "subset_seeds": [5, 5, 6, 6], "n_train": [50, 100], "n_steps": [100, 200],
+    }  # fmt: skip
+    programs = make_plan(config(ablation=ablation))
+    assert len(programs) == 2 * 2 * 2  # targets x sizes x subsets
+    runs = [run for program in programs for run in program.runs]
+    assert len(runs) == len(set(runs)) == 2 * 4 * (1 + 2 + 2)  # sizes x seeds x weights
+    for program in programs:
+        assert len({(r.n_train, r.n_steps, r.subset_seed) for r in program.runs}) == 1
+        first, own = program.runs[0], program.config
+        assert own.training.seed == first.seed == (0 if first.subset_seed == 5 else 2)
+        assert own.training.n_steps == first.n_steps == 2 * first.n_train
+        assert list(own.loss.weights.auxiliary()) == [program.target]
+    baselines = [p.target for p in programs for r in p.runs if r.arm == BASELINE]
+    assert set(baselines) == {"onsite"}  # trained once, for both targets
+
+
+def test_a_program_is_cut_evenly_and_keeps_its_order_of_batches() -> None:
+    ablation = {"weights": [0.0, 1.0, 2.0], "seeds": [7, 8, 9]}
+    parts = make_plan(config(ablation=ablation), max_runs=4)
+    assert [len(part.runs) for part in parts] == [3, 3, 3]
+    assert {part.config.training.seed for part in parts} == {7}
+    assert len({part.name for part in parts}) == 3
+
+
+def test_charge_only_structures_in_every_batch_set_the_baseline_apart() -> None:
+    sections = {
+        "data": {"unlabelled": ["tmc_unlabelled"]},
+        "training": {"unlabelled_share": 0.5},
+        "loss": {"weights": {"shell": 1.0}},
+    }
+    baseline, other = make_plan(config(**sections))
+    assert {r.weight for r in baseline.runs} == {0.0}
+    assert {r.weight for r in other.runs} == {10.0}
+    assert (baseline.config.training.unlabelled_share, baseline.config.data.unlabelled) == (0, ())
+
+
+def test_a_combined_arm_keeps_its_fixed_weight_except_in_the_baseline() -> None:
+    weights = {"energy": 1.0, "forces": 0.0, "xtb_energy": 2.0}
+    (program,) = make_plan(
+        config(loss={"weights": weights}, ablation={"targets": ["shell+xtb_energy"]})
+    )
+    assert program.config.loss.weights.auxiliary() == {"shell": 1.0, "xtb_energy": 2.0}
+    found = [settings_of(program, r, pretraining=True) for r in (program.runs[0], program.runs[-1])]
+    assert found == [{"weights.shell": 0.0, "weights.xtb_energy": 0.0}, {"weights.shell": 10.0}]
+
+
+@pytest.mark.parametrize(
+    ("ablation", "text"),
+    [
+        ({"targets": ["onsight"]}, "unknown target 'onsight'"),
+        ({"targets": ["shell+xtb_energy"]}, "loss.weights.xtb_energy"),
+        ({"subset_seeds": [1]}, "has 1 values for the 2 of ablation.seeds"),
+        ({"seeds": [1, 1]}, "the same run twice"),
+        ({"n_train": [50], "n_steps": [1, 2]}, "ablation.n_steps"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(ablation: dict, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        config(ablation=ablation)
+
+
+def test_an_ablation_without_targets_is_refused() -> None:
+    with pytest.raises(InputError, match="ablation.targets is empty"):
+        make_plan(config(ablation={"targets": []}))
+
+
+# --------------------------------------------------------------------------- pure parts
+
+
+def test_a_grid_changes_what_is_named_and_refuses_another_structure() -> None:
+    base = Hyper({"energy": 1.0, "shell": 5.0}, *np.arange(len(Hyper._fields) - 1) + 0.5)
+    base = jax.tree.map(jnp.float32, base)
+    found = grid([{"weights.shell": 0.0}, {"learning_rate": 0.25}], base)
+    np.testing.assert_array_equal(found.weights["shell"], [0.0, 5.0])
+    np.testing.assert_array_equal(found.weights["energy"], [1.0, 1.0])
+    np.testing.assert_array_equal(found.learning_rate, [0.5, 0.25])
+    with pytest.raises(KeyError, match="weights.onsite"):
+        grid([{"weights.onsite": 1.0}], base)
+
+
+def test_every_run_keeps_its_own_best_until_its_own_patience_ends() -> None:
+    errors = np.array([[5.0, 4.0], [3.0, 6.0], [4.0, 7.0], [2.0, 1.0]])
+    selection = start_selection({"w": jnp.zeros((2, 3))})
+    for step, error in enumerate(errors, start=1):
+        params = {"w": jnp.full((2, 3), float(step))}
+        patience = jnp.asarray(2, jnp.int32)
+        number = jnp.asarray(step, jnp.int32)
+        selection = keep_best(selection, params, jnp.asarray(error), number, patience)
+    # the second run stopped after two validations without improvement: its last 1.0 comes too late
+    np.testing.assert_array_equal(selection.step, [4, 1])
+    np.testing.assert_array_equal(selection.error, [2.0, 4.0])
+    np.testing.assert_array_equal(selection.params["w"], [[4.0] * 3, [1.0] * 3])
+
+
+# --------------------------------------------------------------------------- one program
+
+
+def test_run_0_of_a_program_equals_the_run_alone(dataset: Path) -> None:
+    """And so does the run of weight 10; the run alone is the same sequence of steps with R = 1."""
+    (program,) = make_plan(config(dataset))
+    together = Training(program)
+    records = together.run()
+    assert [(r["arm"], r["seed"]) for r in records] == [
+        (BASELINE, 0), (BASELINE, 1), ("shell", 0), ("shell", 1),
+    ]  # fmt: skip
+    for r in (0, 2):
+        alone = Training(program._replace(runs=program.runs[r : r + 1]), data=together.data)
+        (record,) = alone.run()
+        # sums in another order (6e-8), which Adam's division by the gradient's size amplifies
+        for a, b in zip(*map(jax.tree.leaves, (together.state, alone.state)), strict=True):
+            np.testing.assert_allclose(a[r], b[0], rtol=1e-3, atol=2e-5)
+        assert record["test"]["energy_mae_meV"] == pytest.approx(
+            records[r]["test"]["energy_mae_meV"], rel=1e-4
+        )
+    # two weights from one seed start alike and end apart
+    assert records[0]["test"] != records[2]["test"]
+
+
+# --------------------------------------------------------------------------- resumption
+
+_CHILD = """
+import sys; sys.path.insert(0, {tests!r})
+from test_ablate import config
+from orbq.study import run_ablation
+run_ablation(config({dataset!r}, {out!r}, **{sections!r}))
+"""
+
+
+def test_a_killed_ablation_goes_on_and_ends_with_the_same_numbers(
+    dataset: Path, tmp_path: Path
+) -> None:
+    sections = {"training": {"n_steps": 400, "checkpoint_every": 20, "validate_every": 100}}
+    whole = run_ablation(config(dataset, tmp_path / "whole", **sections))
+    out = tmp_path / "killed"
+    code = _CHILD.format(
+        tests=str(Path(__file__).parent), dataset=str(dataset), out=str(out), sections=sections
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+    deadline = time.monotonic() + 200
+    while not list((out / PROGRAMS).glob("*/checkpoints/step_*/orbq.json")):
+        assert child.poll() is None, "the ablation ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (out / RESULTS).exists()
+    resumed = run_ablation(config(dataset, out, **sections))
+    assert [r["test"] for r in resumed] == [r["test"] for r in whole]
+    assert [r["curve"] for r in resumed] == [r["curve"] for r in whole]
+    assert not (out / PROGRAMS).exists() or not list((out / PROGRAMS).iterdir())
+
+    # nothing is left to do; a line cut off is made again; another configuration is refused
+    assert run_ablation(config(dataset, out, **sections)) == read_results(out)
+    with pytest.raises(InputError, match="of another configuration"):
+        run_ablation(config(dataset, out, ablation={"seeds": [0]}, **sections))
+
+    summary = write_report(out, resumed)
+    assert (out / "results.csv").read_text().count("\n") == 1 + 4
+    rows = {row.arm: row for row in rows_of(resumed)}
+    errors = [r["test"]["energy_mae_meV"] for r in resumed if r["arm"] == "shell"]
+    np.testing.assert_array_equal(rows["shell"].errors, errors)
+    assert rows["shell"].reduction is not None
+    assert BASELINE in summary
