@@ -102,7 +102,7 @@ def data_equivalence(
     pairs = list(zip(baseline, arm, strict=True))
     values = factors(pairs)
     samples = np.array(
-        [factors([_resampled(rng, a, b) for a, b in pairs]) for _ in range(n_samples)]  # type: ignore[misc]
+        [factors([_resampled(rng, a, b) for a, b in pairs]) for _ in range(n_samples)]
     )
     replicates = min(a.test.shape[1] for a in baseline)
     return [

@@ -125,7 +125,7 @@ def test_a_table_that_contradicts_itself_is_refused(ablation: dict, text: str) -
 
 
 def test_an_ablation_without_targets_is_refused() -> None:
-    with pytest.raises(InputError, match="ablation.targets is empty"):
+    with pytest.raises(InputError, match=r"ablation\.targets is empty"):
         make_plan(config(ablation={"targets": []}))
 
 
@@ -139,7 +139,7 @@ def test_a_grid_changes_what_is_named_and_refuses_another_structure() -> None:
     np.testing.assert_array_equal(found.weights["shell"], [0.0, 5.0])
     np.testing.assert_array_equal(found.weights["energy"], [1.0, 1.0])
     np.testing.assert_array_equal(found.learning_rate, [0.5, 0.25])
-    with pytest.raises(KeyError, match="weights.onsite"):
+    with pytest.raises(KeyError, match=r"weights\.onsite"):
         grid([{"weights.onsite": 1.0}], base)
 
 
