@@ -66,18 +66,39 @@ ELEMENTWISE: dict[str, Callable[[Array, float], Array]] = {
 }
 
 
-def masked_mean(values: Array, mask: Array) -> Float[Array, ""]:
-    """Mean of ``values`` where ``mask``; 0 if there are none. Masked values never enter."""
+def masked_mean(values: Array, mask: Array, count: Array | None = None) -> Float[Array, ""]:
+    """Mean of ``values`` where ``mask``; 0 if there are none. Masked values never enter.
+
+    count: what the sum is divided by, if not by the number of these values.
+    """
     kept = jnp.where(mask, values, 0.0)
-    return kept.sum() / jnp.maximum(mask.sum(), 1)
+    return kept.sum() / jnp.maximum(mask.sum() if count is None else count, 1)
 
 
-def loss_terms(spec: LossSpec, prediction: Prediction, batch: Batch) -> dict[str, Array]:
-    """Each term of the spec as a scalar."""
-    return {name: _term(name, spec, prediction, batch) for name in spec.terms}
+def loss_terms(
+    spec: LossSpec,
+    prediction: Prediction,
+    batch: Batch,
+    counts: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """Each term of the spec as a scalar.
+
+    counts: ``term_counts`` of a larger batch of which this is a part; the terms of its parts then
+    add up to the terms of the whole.
+    """
+    count = counts or {}
+    return {name: _term(name, spec, prediction, batch, count.get(name)) for name in spec.terms}
 
 
-def _term(name: str, spec: LossSpec, prediction: Prediction, batch: Batch) -> Array:
+def term_counts(spec: LossSpec, batch: Batch) -> dict[str, Array]:
+    """How many structures (energies) or atoms each term of a batch is the mean over."""
+    masks = {name: batch.targets[f"{name}/mask"] for name in spec.terms}
+    return {name: (m if m.ndim == 1 else m.any(1)).sum() for name, m in masks.items()}
+
+
+def _term(
+    name: str, spec: LossSpec, prediction: Prediction, batch: Batch, count: Array | None
+) -> Array:
     elementwise = ELEMENTWISE[spec.kind]
     label, mask = batch.targets[name], batch.targets[f"{name}/mask"]
     if name in ("energy", "xtb_energy"):
@@ -85,16 +106,16 @@ def _term(name: str, spec: LossSpec, prediction: Prediction, batch: Batch) -> Ar
         error = jnp.where(mask, (value - label) / spec.scales[name], 0.0)
         if spec.energy_per == "atom":
             error = error / jnp.maximum(batch.graph.n_node, 1)
-        return masked_mean(elementwise(error, spec.huber_delta), mask)
+        return masked_mean(elementwise(error, spec.huber_delta), mask, count)
     if name in ("forces", "xtb_forces"):
         value = prediction.forces if name == "forces" else prediction.charges[name]
         error = jnp.where(mask[:, None], (value - label) / spec.scales[name], 0.0)
-        return masked_mean(elementwise(error, spec.huber_delta).mean(1), mask)
+        return masked_mean(elementwise(error, spec.huber_delta).mean(1), mask, count)
     scale = jnp.asarray(spec.statistics[name].scale, label.dtype)[batch.graph.nodes["numbers"]]
     error = jnp.where(mask, (prediction.charges[name] - label) / scale, 0.0)
     # an atom's slots are averaged first, else atoms with nine orbitals dominate
     per_atom = (error * error).sum(1) / jnp.maximum(mask.sum(1), 1)
-    return masked_mean(per_atom, mask.any(1))
+    return masked_mean(per_atom, mask.any(1), count)
 
 
 def total_loss(weights: Mapping[str, Array], terms: Mapping[str, Array]) -> Float[Array, ""]:

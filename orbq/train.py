@@ -16,10 +16,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from orbq.losses import Batch, LossSpec, error_sums, loss_terms, needed_targets, total_loss
+from orbq.losses import (
+    Batch,
+    LossSpec,
+    error_sums,
+    loss_terms,
+    needed_targets,
+    term_counts,
+    total_loss,
+)
 from orbq.models.potential import Params, Potential, predict
+
+DEVICES = "devices"  # the mesh axis over which the batches of an update are spread
+MAIN_TERMS = ("energy", "forces")  # of the reference method; all others are auxiliary
 
 
 class Hyper(NamedTuple):
@@ -27,7 +39,8 @@ class Hyper(NamedTuple):
 
     weights: loss term -> weight. learning_rate: peak. warmup_steps, n_steps: linear warm-up, then
     cosine to final_fraction * learning_rate. clip_norm: of the gradient. ema_decay: of the averaged
-    parameters. weight_decay: decoupled, per step and unit learning rate.
+    parameters. weight_decay: decoupled, per step and unit learning rate. auxiliary_final: share of
+    their weights that the auxiliary terms (not energy and forces) have left at the last step.
     """
 
     weights: dict[str, Array]
@@ -38,6 +51,7 @@ class Hyper(NamedTuple):
     clip_norm: Array
     ema_decay: Array
     weight_decay: Array
+    auxiliary_final: Array | float = 1.0
 
 
 class TrainState(NamedTuple):
@@ -73,20 +87,60 @@ def make_init(potential: Potential) -> Callable[[Array, Batch], TrainState]:
     return init
 
 
-def make_train_step(
-    potential: Potential, spec: LossSpec
-) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Array]]]:
-    """One Adam update on one batch; metrics: the loss, its terms, the gradient norm, the rate."""
-    targets = needed_targets(spec.terms)
+def scheduled_weights(step: Array, hyper: Hyper) -> dict[str, Array]:
+    """The weights at a step: those of auxiliary terms fall linearly to ``auxiliary_final``."""
+    progress = jnp.clip(step / jnp.maximum(hyper.n_steps, 1), 0.0, 1.0)
+    left = 1 - (1 - hyper.auxiliary_final) * progress
+    return {n: w if n in MAIN_TERMS else w * left for n, w in hyper.weights.items()}
 
-    def loss_fn(params: Params, batch: Batch, weights: dict[str, Array]) -> Any:
-        prediction = predict(potential, params, batch.positions, batch.graph, targets)
-        terms = loss_terms(spec, prediction, batch)
-        return total_loss(weights, terms), terms
+
+def make_train_step(
+    potential: Potential,
+    spec: LossSpec,
+    mesh: jax.sharding.Mesh | None = None,
+    frozen: tuple[str, ...] = (),
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Array]]]:
+    """One Adam update on one batch; metrics: the loss, its terms, the gradient norm, the rate.
+
+    mesh: if given, a batch is a stack of batches [A, D, ...] over the D devices of its axis
+    ``DEVICES``, each of which takes A of them one after the other; the loss is that of all their
+    structures together. frozen: prefixes (``"backbone/layer0"``) of parameters left as they are.
+
+    A loss or gradient that is not finite leaves the state as it was; the metrics tell.
+    """
+    loss_fn = _make_loss(potential, spec)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def of_stack(params: Params, batch: Batch, weights: dict[str, Array]) -> Any:
+        batches = jax.tree.map(lambda x: x[:, 0], batch)  # this device's, [A, ...]
+        counts = jax.vmap(lambda one: term_counts(spec, one))(batches)
+        counts = jax.lax.psum(jax.tree.map(lambda c: c.sum(0), counts), DEVICES)
+
+        def add(total: Any, one: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(params, one, weights, counts)), None
+
+        first = jax.tree.map(lambda x: x[0], batches)
+        shapes = jax.eval_shape(grad_fn, params, first, weights, counts)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.psum(jax.lax.scan(add, zero, batches)[0], DEVICES)
+
+    def gradient_of(params: Params, batch: Batch, weights: dict[str, Array]) -> Any:
+        if mesh is None:
+            return grad_fn(params, batch, weights, None)
+        whole = PartitionSpec()
+        # without the check of what varies over devices, which the tensor product has no rule for
+        return jax.shard_map(
+            of_stack,
+            mesh=mesh,
+            in_specs=(whole, PartitionSpec(None, DEVICES), whole),
+            out_specs=whole,
+            check_vma=False,
+        )(params, batch, weights)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> Any:
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, terms), gradient = grad_fn(state.params, batch, hyper.weights)
+        weights = scheduled_weights(state.step, hyper)
+        (loss, terms), gradient = gradient_of(state.params, batch, weights)
+        gradient = thawed(frozen, gradient, jax.tree.map(jnp.zeros_like, gradient))
         norm = optax.tree.norm(gradient)
         clip = jnp.minimum(1.0, hyper.clip_norm / jnp.maximum(norm, 1e-12))
         gradient = jax.tree.map(lambda g: g * clip, gradient)
@@ -95,13 +149,75 @@ def make_train_step(
         params = jax.tree.map(
             lambda p, u: p - rate * (u + hyper.weight_decay * p), state.params, updates
         )
+        params = thawed(frozen, params, state.params)
         # the average forgets its start: it is a plain mean until 1 / (1 - decay) steps are seen
         decay = jnp.minimum(hyper.ema_decay, (state.step + 1.0) / (state.step + 10.0))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **terms}
-        return TrainState(params, ema, optimizer, state.step + 1), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = TrainState(params, ema, optimizer, state.step + 1)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
     return step
+
+
+def _make_loss(potential: Potential, spec: LossSpec) -> Callable[..., Any]:
+    targets = needed_targets(spec.terms)
+
+    def loss_fn(params: Params, batch: Batch, weights: Any, counts: Any) -> Any:
+        prediction = predict(potential, params, batch.positions, batch.graph, targets)
+        terms = loss_terms(spec, prediction, batch, counts)
+        return total_loss(weights, terms), terms
+
+    return loss_fn
+
+
+def is_frozen(frozen: tuple[str, ...], path: Any) -> bool:
+    """Whether a parameter's path in the tree begins with one of the prefixes, whole names only."""
+    name = "/".join(str(getattr(key, "key", key)) for key in path)
+    return any(name == prefix or name.startswith(f"{prefix}/") for prefix in frozen)
+
+
+def thawed(frozen: tuple[str, ...], tree: Any, instead: Any) -> Any:
+    """``tree``, with the leaves of frozen parameters taken from ``instead``."""
+    if not frozen:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a, b: b if is_frozen(frozen, path) else a, tree, instead
+    )
+
+
+def make_gradient_report(
+    potential: Potential, spec: LossSpec
+) -> Callable[[Params, Batch, dict[str, Array]], dict[str, Array]]:
+    """``(params, batch, weights) -> norms`` of each weighted term's gradient, and their conflict.
+
+    Keys: ``gradient/<term>``, and ``gradient/cosine`` between the gradient of energy and forces and
+    that of all other terms, if there are both: below 0 the tasks pull apart.
+    """
+    loss_fn = _make_loss(potential, spec)
+
+    def dot(a: Any, b: Any) -> Array:
+        return sum(
+            (jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)),
+            jnp.zeros(()),
+        )
+
+    def report(params: Params, batch: Batch, weights: dict[str, Array]) -> dict[str, Array]:
+        def terms(p: Params) -> dict[str, Array]:
+            return {n: weights[n] * t for n, t in loss_fn(p, batch, weights, None)[1].items()}
+
+        gradients = jax.jacrev(terms)(params)
+        out = {f"gradient/{n}": optax.tree.norm(g) for n, g in gradients.items()}
+        sums: list[Any] = [
+            [g for n, g in gradients.items() if (n in MAIN_TERMS) == main] for main in (True, False)
+        ]
+        if all(sums):
+            a, b = (jax.tree.map(lambda *leaves: sum(leaves), *group) for group in sums)
+            out["gradient/cosine"] = dot(a, b) / jnp.maximum(jnp.sqrt(dot(a, a) * dot(b, b)), 1e-30)
+        return out
+
+    return report
 
 
 def make_evaluate(

@@ -1,0 +1,159 @@
+"""Sample efficiency on QM7: what each auxiliary target does to the energy error.
+
+    python benchmarks/study_qm7.py STUDY --work DIRECTORY [--only NAME ...] [--part 0/2]
+
+STUDY is a key of ``STUDIES``: a set of named ablations (``orbq ablate``) over benchmarks/qm7.toml.
+Each goes on where it was stopped; two processes may share a study by ``--part``. ``report`` as the
+last argument prints the tables and writes benchmarks/results/qm7_<STUDY>.jsonl. QM7 is read from
+../shared/data; without it there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from orbq.config import Config, load_config
+from orbq.preprocess.label import preprocess
+from orbq.preprocess.store import Dataset
+from orbq.splits import split
+from orbq.study.report import rows_of, write_report
+from orbq.study.run import read_results, run_ablation
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent.parent / "shared" / "data" / "qm7.extxyz.gz"
+KCAL = 43.364  # meV in a kcal/mol
+
+# Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
+# so that the arms may differ in what is best for them.
+_SEARCH = (
+    "ablation.targets=['onsite']",
+    "ablation.weights=[0.0, 20.0]",
+    "ablation.seeds=[0, 1]",
+    "ablation.subset_seeds=[0, 1]",
+    "ablation.n_train=[200]",
+    "ablation.learning_rates=[2e-3, 5e-3]",
+)
+
+_CLOSE = (*_SEARCH, "model.cutoff=4.0")
+
+STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "search": {
+        "base": _SEARCH,
+        "mace": (*_SEARCH, "model.backbone=mace"),
+        "free": (*_SEARCH, "model.species=free"),
+        "channels64": (*_SEARCH, "model.n_channels=64"),
+        "layers3": (*_SEARCH, "model.n_layers=3"),
+        "lmax1": (
+            *_SEARCH[:1],
+            "ablation.weights=[0.0]",
+            *_SEARCH[2:],
+            "model.lmax=1",
+            "model.head=invariant",
+            "ablation.targets=['atomic']",
+        ),
+        "decay": (*_SEARCH, "training.weight_decay=0.1"),
+        "batch10": (*_SEARCH, "training.batch_size=10"),
+        "cutoff4": (*_SEARCH, "model.cutoff=4.0"),
+        "peratom": (*_SEARCH, "loss.energy_per=atom"),
+        "mae": (*_SEARCH, "loss.kind=mae"),
+        "long": (*_SEARCH, "training.n_steps=9000", "training.validate_every=750"),
+        "ema999": (*_SEARCH, "training.ema_decay=0.999"),
+    },
+    # what helped, together, from the cutoff that helped most
+    "search2": {
+        "mae": (*_CLOSE, "loss.kind=mae"),
+        "mace": (*_CLOSE, "model.backbone=mace"),
+        "layers3": (*_CLOSE, "model.n_layers=3"),
+        "mace_mae": (*_CLOSE, "model.backbone=mace", "loss.kind=mae"),
+        "cutoff3": (*_CLOSE, "model.cutoff=3.0"),
+        "cutoff3.5": (*_CLOSE, "model.cutoff=3.5"),
+        "free": (*_CLOSE, "model.species=free"),
+        "readout64": (*_CLOSE, "model.readout_hidden=64"),
+        "radial4": (*_CLOSE, "model.n_radial=4"),
+        "channels16": (*_CLOSE, "model.n_channels=16"),
+        "layers4": (*_CLOSE, "model.cutoff=3.0", "model.n_layers=4"),
+        "mace64": (*_CLOSE, "model.backbone=mace", "model.n_channels=64"),
+    },
+}
+
+
+def main() -> None:
+    """Train what is left of a study, or report it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("action", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--only", nargs="+", help="names within the study")
+    parser.add_argument("--part", default="0/1", help="i/n: the i-th of every n ablations")
+    given = parser.parse_args()
+    trials = STUDIES[given.study]
+    names = given.only or list(trials)
+    if given.action == "report":
+        report(given.study, {name: config_of(given, name) for name in names})
+        return
+    make_data(given.work / "data")
+    part, parts = map(int, given.part.split("/"))
+    for name in names[part::parts]:
+        config = config_of(given, name)
+        records = run_ablation(config)
+        print(name)
+        print(write_report(Path(config.run.directory), records), flush=True)
+
+
+def config_of(given: argparse.Namespace, name: str) -> Config:
+    """The configuration of one ablation of a study."""
+    place = given.work / given.study / name
+    overrides = [
+        f"data.dataset='{given.work / 'data' / 'qm7'}'",
+        f"run.directory='{place}'",
+        *STUDIES[given.study][name],
+    ]
+    overrides = [o.replace("@rest", str(given.work / "data" / "rest")) for o in overrides]
+    return load_config(HERE / "qm7.toml", overrides)
+
+
+def make_data(place: Path) -> None:
+    """Label QM7; and its training molecules once more without energies, as charge-only data."""
+    if not SOURCE.exists():
+        raise SystemExit(f"{SOURCE} is not there: nothing to study")
+    dataset = preprocess([str(SOURCE)], place / "qm7")
+    if not (place / "rest" / "manifest.json").exists():
+        config = load_config(HERE / "qm7.toml")
+        fractions = config.data.validation_fraction, config.data.test_fraction
+        rows = split(dataset["group"], dataset["content_hash"], "within", fractions)["train"]
+        preprocess([molecule(dataset, row) for row in rows], place / "rest")
+
+
+def molecule(dataset: Dataset, row: int) -> Atoms:
+    """One structure without its energy."""
+    atoms = slice(*dataset["offsets"][row : row + 2])
+    return Atoms(np.array(dataset["numbers"][atoms]), np.array(dataset["positions"][atoms]))
+
+
+def report(study: str, configs: dict[str, Config]) -> None:
+    """Print what each ablation reached; keep the records, less their curves."""
+    kept: list[dict[str, Any]] = []
+    print(f"{'ablation':<14} {'arm':<26} {'N':>5} {'weight':>6} {'rate':>6}  test MAE, kcal/mol")
+    for name, config in configs.items():
+        records = read_results(Path(config.run.directory))
+        kept += [{"ablation": name} | {k: v for k, v in r.items() if k != "curve"} for r in records]
+        for row in rows_of(records):
+            errors = row.errors / KCAL
+            each = " ".join(f"{e:.2f}" for e in errors)
+            gain = f"{-row.reduction.value:+.1%}" if row.reduction else ""
+            print(
+                f"{name:<14} {row.arm:<26} {row.n_train:>5} {row.weight:>6g} "
+                f"{row.learning_rate:>6g}  {errors.mean():.3f} ({each}) {gain}"
+            )
+    lines = [json.dumps(record) for record in kept]
+    (HERE / "results" / f"qm7_{study}.jsonl").write_text("".join(f"{x}\n" for x in lines))
+
+
+if __name__ == "__main__":
+    main()
