@@ -41,6 +41,29 @@ _SEARCH = (
 )
 
 _CLOSE = (*_SEARCH, "model.cutoff=4.0")
+_CLOSER = (*_SEARCH, "model.cutoff=3.0")
+
+_STEPS = {100: 3000, 200: 3000, 400: 4000, 800: 6000, 1600: 8000, 4000: 12000}
+_FIRST = (
+    "data.unlabelled=['@rest']",
+    "training.pretrain_steps=6000",
+    "training.pretrain_learning_rate=5e-3",
+    "ablation.baseline=false",
+)
+
+
+def _curve(n: int) -> tuple[str, ...]:
+    """One point of a learning curve, on three subsets."""
+    return (
+        "model.backbone=mace",
+        "model.cutoff=3.0",
+        "ablation.weights=[0.0, 20.0]",
+        "ablation.seeds=[0, 1, 2]",
+        "ablation.subset_seeds=[0, 1, 2]",
+        f"ablation.n_train=[{n}]",
+        f"training.n_steps={_STEPS[n]}",
+    )
+
 
 STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
     "search": {
@@ -79,6 +102,44 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
         "channels16": (*_CLOSE, "model.n_channels=16"),
         "layers4": (*_CLOSE, "model.cutoff=3.0", "model.n_layers=4"),
         "mace64": (*_CLOSE, "model.backbone=mace", "model.n_channels=64"),
+    },
+    # closer still
+    "search3": {
+        "mae": (*_CLOSER, "loss.kind=mae"),
+        "mace": (*_CLOSER, "model.backbone=mace"),
+        "layers3": (*_CLOSER, "model.n_layers=3"),
+        "cutoff2.5": (*_CLOSER, "model.cutoff=2.5"),
+    },
+    # learning curves of the baseline that was found. own: labels of the same molecules;
+    # xtb, all: GFN1 labels of all training molecules first, their energies alone or with the blocks
+    "curves": {
+        **{
+            f"own-{n}": (*_curve(n), "ablation.targets=['onsite','orbital','shell','atomic']")
+            for n in (200, 800, 400, 100)
+        },
+        **{
+            f"all-{n}": (
+                *_curve(n),
+                *_FIRST,
+                "ablation.targets=['onsite+xtb_energy']",
+                "loss.weights.xtb_energy=1.0",
+            )
+            for n in (100, 200, 400, 800)
+        },
+        **{
+            f"xtb-{n}": (
+                *_curve(n),
+                *_FIRST,
+                "ablation.targets=['xtb_energy']",
+                "ablation.weights=[1.0]",
+            )
+            for n in (100, 200, 400, 800)
+        },
+        "own-1600": (*_curve(1600), "ablation.targets=['onsite']"),
+        **{
+            f"first-{n}": (*_curve(n), *_FIRST, "ablation.targets=['onsite']")
+            for n in (100, 200, 400, 800)
+        },
     },
 }
 

@@ -8,6 +8,7 @@ a whole checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from orbq.errors import OrbqError
 KEEP = 2  # newest resumable checkpoints kept
 BEST = "best"
 _META = "orbq.json"
+_DIGEST = "sha256"
 
 
 def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
@@ -34,10 +36,12 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
     """
     partial = directory.with_name(directory.name + ".new")
     shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial.absolute(), serialization.to_state_dict(tree))
+    state = jax.tree.map(np.asarray, serialization.to_state_dict(tree))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(partial.absolute(), state)
         checkpointer.wait_until_finished()
-    (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
+    described = {**meta, _DIGEST: digest(state)}
+    (partial / _META).write_text(json.dumps(described), encoding="utf-8")
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -53,16 +57,17 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises OrbqError naming the checkpoint when it is damaged or of another architecture.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    def describe(leaf: Any) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
     wanted = jax.tree.map(describe, serialization.to_state_dict(template))
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             found = checkpointer.restore(directory.absolute(), wanted)
+        if meta.pop(_DIGEST, None) not in (None, digest(found)):
+            raise ValueError("its contents do not have the checksum they were written with")
     except Exception as error:  # Orbax raises many kinds; all mean the same to the caller
         raise OrbqError(
             f"checkpoint {directory} cannot be restored, it is damaged or of another architecture: "
@@ -78,10 +83,31 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
                 f"checkpoint {directory} is of another architecture: {name} has shape {b.shape}, "
                 f"the configuration asks for {a.shape}; use its own configuration"
             )
-    # Orbax ties arrays to their device, which makes another program of every function they enter:
-    # through the host they are as fresh ones, and a resumed run finds its compiled programs again
+    # arrays that are tied to a device make another program of every function they enter: through
+    # the host they are as fresh ones, and a resumed run finds its compiled programs again
     found = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), found)
     return serialization.from_state_dict(template, found), meta
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """One that works alone, though there may be other processes: only one of them writes."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"orbq{me}"
+    )
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over the arrays of a tree, hex."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def recover(directory: Path) -> Path:

@@ -23,6 +23,7 @@ from orbq.errors import OrbqError
 # command -> module; the function there has the command's name. In the order of --help.
 COMMANDS = {
     "demo": "orbq.commands.demo",
+    "fetch": "orbq.commands.fetch",
     "preprocess": "orbq.commands.preprocess",
     "inspect": "orbq.commands.inspect",
     "verify": "orbq.commands.verify",

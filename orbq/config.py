@@ -149,6 +149,7 @@ class Loss(Section):
     kind: Literal["huber", "mse", "mae"] = "huber"
     huber_delta: Positive = 1.0
     energy_per: Literal["structure", "atom"] = "structure"
+    auxiliary_final_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     weights: LossWeights = LossWeights()
 
 
@@ -157,6 +158,7 @@ class Training(Section):
 
     seed: CountOrZero = 0
     batch_size: Count = 8
+    batches_per_update: CountOrZero = 0
     n_steps: Count = 5000
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
     warmup_steps: CountOrZero = 100
@@ -170,6 +172,8 @@ class Training(Section):
     precision: Literal["float32", "float64"] = "float32"
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     compilation_cache: bool = True
+    log_gradients: bool = False
+    frozen: Names = ()
     pretrain_steps: CountOrZero = 0
     pretrain_learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
     unlabelled_share: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -179,6 +183,7 @@ class Run(Section):
     """Where the run is kept."""
 
     directory: Text = f"runs/{RUN_NAME}"
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
 
 
 class Ablation(Section):
@@ -191,6 +196,7 @@ class Ablation(Section):
     n_train: Seeds = ()
     n_steps: Counts = ()
     learning_rates: Rates = ()
+    baseline: bool = True
     max_runs_per_program: CountOrZero = 0
 
 
@@ -346,7 +352,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     document, problems = overridden(read_toml(path), overrides)
     config = _validated(document, str(path), problems)
     directory = config.run.directory.replace(RUN_NAME, path.stem)
-    return config.model_copy(update={"run": Run(directory=directory)})
+    return config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
 
 
 def parse_config(document: Mapping[str, Any], source: str = "configuration") -> Config:

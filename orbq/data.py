@@ -18,7 +18,7 @@ from orbq.config import Config, check_against
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.potential import Architecture, Constants
-from orbq.orbitals import SYMBOLS
+from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import make_plan
@@ -123,13 +123,22 @@ def split_of(config: Config, dataset: Dataset) -> dict[str, np.ndarray]:
     return parts
 
 
-def prepare(config: Config) -> TrainingData:
+def prepare(config: Config, n_batches: int = 1) -> TrainingData:
     """Open, split, check and measure the data of a configuration.
+
+    n_batches: packed batches of an update, which together hold training.batch_size structures.
 
     Raises InputError for data that cannot serve it: a missing label, a leak, an unknown element.
     """
+    if n_batches > config.training.batch_size:
+        raise InputError(
+            f"training.batch_size = {config.training.batch_size} structures cannot be divided into "
+            f"the {n_batches} batches of an update (training.batches_per_update; 0 is one for each "
+            "device): raise the batch size"
+        )
     dataset = open_dataset(config.data.dataset)
     unlabelled = [open_dataset(name) for name in config.data.unlabelled]
+    _check_one_method(dataset, unlabelled)
     parts, cutoff = split_of(config, dataset), config.model.cutoff
     pools = {n: Pool([Part(dataset, rows)], cutoff) for n, rows in parts.items() if len(rows)}
     teaching = pools["train"]
@@ -157,6 +166,7 @@ def prepare(config: Config) -> TrainingData:
         energy_scale=float(scales.get("forces", per_atom)),
         avg_num_neighbors=max(float(neighbors), 1.0),
         statistics=stats,
+        method=dataset.method,
     )
     loss = config.loss
     return TrainingData(
@@ -166,7 +176,7 @@ def prepare(config: Config) -> TrainingData:
         spec=LossSpec(terms, loss.kind, loss.huber_delta, loss.energy_per, scales, stats),
         constants=constants,
         architecture=architecture_of(config),
-        budget=_budget(pools, config.training.batch_size),
+        budget=_budget(pools, config.training.batch_size / n_batches),
         labels=labels,
         datasets=(dataset, *unlabelled),
     )
@@ -189,7 +199,7 @@ def _fit_references(
 def _statistics(name: str, pool: Pool) -> Statistics:
     """Normalisation of a per-atom target over a pool, in constant memory."""
     target = TARGETS[name]
-    shape = (target.element_mask.shape[0], target.k)
+    shape = (MAX_Z + 1, target.k)
     total = Moments(*(np.zeros(shape) for _ in range(3)))
     for rows, part in _chunks(pool):
         arrays = part.dataset.arrays
@@ -197,7 +207,7 @@ def _statistics(name: str, pool: Pool) -> Statistics:
         atoms = _atom_rows(arrays["offsets"], rows[labelled])
         numbers = np.asarray(arrays["numbers"][atoms])
         values = target.extract(arrays, atoms)
-        sums = moments(target, numbers, values, target.mask(numbers, True))
+        sums = moments(target, numbers, values, target.mask(numbers, True, part.dataset.method))
         total = Moments(*(a + b for a, b in zip(total, sums, strict=True)))
     return statistics(target, total)
 
@@ -238,6 +248,16 @@ def _check_no_leak(
                 f"{extra.path} holds {len(first)} structures of the validation or test split, the "
                 f"first is structure {i} of {dataset.path}: take them out of data.unlabelled, "
                 "else the test would be on structures whose charges were taught"
+            )
+
+
+def _check_one_method(dataset: Dataset, unlabelled: list[Dataset]) -> None:
+    """One head cannot learn the charges of two xTB methods: their orbitals differ."""
+    for extra in unlabelled:
+        if extra.method != dataset.method:
+            raise InputError(
+                f"{extra.path} is labelled with {extra.method}, {dataset.path} with "
+                f"{dataset.method}: label both with one of them (`orbq preprocess --method`)"
             )
 
 

@@ -103,7 +103,9 @@ class _Reporter:
     def __init__(self, job: Job, messages: Any) -> None:
         self.job, self.messages = job, messages
 
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float) -> None:
+    def warned(self, text: str) -> None: ...
+
+    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Any) -> None:
         self.messages.put((self.job.arm, self.job.seed, stage, step, n_steps, loss))
 
 
@@ -127,7 +129,7 @@ def run_job(job: Job) -> Result:
     from orbq.run import load
 
     config = config_of(job)
-    summary = fit(config, resume=True, reporter=_Reporter(job, _MESSAGES))
+    summary = fit(config, reporter=_Reporter(job, _MESSAGES))
     run = load(job.directory)
     found = evaluate(run, Dataset.open(config.data.dataset), split="test")
     return Result(

@@ -13,3 +13,9 @@ class InputError(OrbqError, ValueError):
     """Bad input or configuration (exit status 2); names the file, the value, limit and remedy."""
 
     exit_status = 2
+
+
+class PreemptedError(OrbqError):
+    """The job was told to end (SIGTERM) and has kept everything; it is to be started again."""
+
+    exit_status = 143  # 128 + SIGTERM, as shells report it

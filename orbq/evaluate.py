@@ -177,6 +177,14 @@ def _labels(
                 f"{name!r} cannot be evaluated: the run was trained to predict "
                 f"{', '.join(possible)}"
             )
+    method = run.potential.constants.method
+    if dataset.method != method:  # its xTB labels are of other orbitals
+        if clash := [n for n in wanted or () if n in TARGETS and n != "dft"]:
+            raise InputError(
+                f"{', '.join(clash)}: {dataset.path} is labelled with {dataset.method}, the run "
+                f"was trained on {method}; label the structures with --method {method}"
+            )
+        possible = [n for n in possible if n not in TARGETS or n == "dft"]
     found = [n for n in (wanted or possible) if _labelled(dataset, rows, n).any()]
     missing = [n for n in (wanted or ()) if n not in found]
     if missing or not found:
@@ -253,5 +261,5 @@ class _Collected:
                 mask = np.repeat(mask[:, None], 3, axis=1)
             else:
                 label = TARGETS[name].extract(arrays, self.atoms)
-                mask = TARGETS[name].mask(self.numbers, mask)
+                mask = TARGETS[name].mask(self.numbers, mask, self.dataset.method)
         return Values(predicted, np.where(mask, label, 0.0), mask)

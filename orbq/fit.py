@@ -2,35 +2,39 @@
 
 A run is one or two stages: pre-training on charge labels (if ``training.pretrain_steps``), then the
 main stage. The order of batches is a pure function of (seed, epoch), and a checkpoint holds the
-whole state, so that a resumed run ends with the same parameters, bit for bit, on the same device.
+whole state, so that a resumed run ends with the same parameters, bit for bit, on the same devices.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orbq import __version__, checkpoint
+from orbq import __version__, checkpoint, devices, records
 from orbq.cache import use_compilation_cache
 from orbq.config import Config
 from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
-from orbq.errors import InputError, OrbqError
+from orbq.devices import Layout
+from orbq.errors import InputError, OrbqError, PreemptedError
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.prefetch import prefetch
-from orbq.preprocess.store import Dataset, write_atomically
+from orbq.preprocess.store import write_atomically
 from orbq.run import (
     CHECKPOINTS,
     METRICS,
@@ -40,36 +44,54 @@ from orbq.run import (
     save_description,
 )
 from orbq.stages import Stage, make_stages
-from orbq.train import TrainState, make_evaluate, make_init, make_train_step
+from orbq.train import (
+    TrainState,
+    make_evaluate,
+    make_gradient_report,
+    make_init,
+    make_train_step,
+)
 
 SUMMARY = "summary.json"  # written last: a run that has it is finished
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+MAX_NONFINITE = 5  # batches in a row whose loss is not finite
 _BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
-_RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
+
+
+class Speed(NamedTuple):
+    """atoms_per_second: real atoms, of all devices. fill: real over padded atoms. compilations: of
+    the training step so far."""
+
+    atoms_per_second: float
+    fill: float
+    compilations: int
 
 
 class Reporter(Protocol):
     """What is told while training; the terminal display is one, a test's list another."""
 
     def started(self, facts: dict[str, Any]) -> None: ...
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float) -> None: ...
+    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None: ...
     def validated(self, record: dict[str, Any]) -> None: ...
+    def warned(self, text: str) -> None: ...
 
 
 class Silent:
     """Tells nothing."""
 
     def started(self, facts: dict[str, Any]) -> None: ...
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float) -> None: ...
+    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None: ...
     def validated(self, record: dict[str, Any]) -> None: ...
+    def warned(self, text: str) -> None: ...
 
 
 @dataclass
 class Progress:
     """Where a run is, beside its arrays; JSON in every checkpoint.
 
-    stage: index. step: updates made in it. epoch, batch: the next batch. best: lowest validation
+    stage: index. step: batches taken in it. epoch, batch: the next batch. best: lowest validation
     criterion. stale: validations since then. sums: of the training metrics since ``counted`` steps.
+    nonfinite: batches in a row, up to here, whose loss was not finite.
     """
 
     stage: int = 0
@@ -79,8 +101,18 @@ class Progress:
     best: float | None = None
     stale: int = 0
     counted: int = 0
+    nonfinite: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+
+
+class Update(NamedTuple):
+    """The batches of one update. epoch, number: its place. items: places in the pool."""
+
+    epoch: int
+    number: int
+    items: np.ndarray
+    batch: Batch
 
 
 class Counted:
@@ -108,20 +140,37 @@ def configure_jax(config: Config) -> None:
 
 
 def fit(
-    config: Config, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+    config: Config, overwrite: bool = False, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Train a configuration into its run directory; returns a summary.
 
-    resume: go on from the newest complete checkpoint. overwrite: start anew, deleting the old run.
-    Raises InputError when the directory holds another run, OrbqError when the loss is not finite.
+    A directory that holds this very run is gone on with, from the newest good checkpoint.
+    overwrite: start anew, deleting the old run. In a job of several processes (``devices.join``)
+    all of them call this, with a directory that all of them see.
+
+    Raises InputError when the directory holds another run, PreemptedError after SIGTERM (a
+    checkpoint is written), OrbqError when the loss is not finite again and again.
     """
     configure_jax(config)
     directory = Path(config.run.directory)
-    _claim(directory, config, resume, overwrite)
-    return _Loop(config, directory, prepare(config), reporter or Silent()).run()
+    parts = config.training.batches_per_update
+    if devices.is_main():
+        _claim(directory, config, overwrite)
+    devices.wait_for_all("claimed")
+    if (directory / RUN_FILE).is_file():
+        parts = read_description(directory).get("parts", 1)
+    layout = devices.choose(parts)
+    if devices.is_main():  # caches are written once
+        data = prepare(config, layout.parts)
+    devices.wait_for_all("prepared")
+    if not devices.is_main():
+        data = prepare(config, layout.parts)
+    told = reporter if reporter and devices.is_main() else Silent()
+    with _term_signal() as asked:
+        return _Loop(config, directory, data, layout, told, devices.make_stop(asked)).run()
 
 
-def _claim(directory: Path, config: Config, resume: bool, overwrite: bool) -> None:
+def _claim(directory: Path, config: Config, overwrite: bool) -> None:
     """Make sure that ``directory`` is free, or holds this very run."""
     held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
     if overwrite and held:
@@ -137,35 +186,56 @@ def _claim(directory: Path, config: Config, resume: bool, overwrite: bool) -> No
                 f"{directory} holds a run of another configuration; choose another run.directory, "
                 "or start anew with --overwrite (which deletes it)"
             )
-        if not resume:
-            raise InputError(
-                f"{directory} holds this run already: go on with --resume, or start anew with "
-                "--overwrite (which deletes it)"
-            )
     directory.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _term_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which then no longer ends the process at once."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Loop:
     """The state of one call of ``fit``."""
 
     def __init__(
-        self, config: Config, directory: Path, data: TrainingData, reporter: Reporter
+        self,
+        config: Config,
+        directory: Path,
+        data: TrainingData,
+        layout: Layout,
+        reporter: Reporter,
+        stop: Callable[[int], bool],
     ) -> None:
         self.config, self.directory, self.data, self.reporter = config, directory, data, reporter
+        self.layout, self.stop = layout, stop
         self.checkpoints = directory / CHECKPOINTS
         self.potential = make_potential(data.architecture, data.constants)
         self.stages = make_stages(config, data)
         self.progress = Progress()
         self.evaluate = Counted(make_evaluate(self.potential, data.spec.terms))
-        self.steps = [
-            Counted(
-                make_train_step(self.potential, data.spec._replace(terms=stage.terms)),
-                donate_argnums=(0,),
-            )
-            for stage in self.stages
-        ]
+        self.gradients = Counted(make_gradient_report(self.potential, data.spec))
+        self.steps = [Counted(self._step_of(stage), **self._jit_options()) for stage in self.stages]
         self.validation = make_packer(data, data.pools["validation"], config)
         self.started = time.monotonic()
+        self.looked = (self.started, 0, 0)  # time, real atoms, padded atoms at the last look
+
+    def _step_of(self, stage: Stage) -> Callable[..., Any]:
+        spec = self.data.spec._replace(terms=stage.terms)
+        return make_train_step(self.potential, spec, self.layout.mesh, stage.frozen)
+
+    def _jit_options(self) -> dict[str, Any]:
+        sharding = devices.replicated(self.layout)
+        placed = {} if sharding is None else {"out_shardings": sharding}
+        return {"donate_argnums": (0,), **placed}
 
     # ------------------------------------------------------------------ stages
 
@@ -178,7 +248,8 @@ class _Loop:
         for index in range(self.progress.stage, len(self.stages)):
             if index > self.progress.stage:
                 state = self._next_stage(state)
-            state = self._run_stage(self.stages[index], self.steps[index], state)
+            with devices.told_when_memory_is_short(self.layout, self.data.budget):
+                state = self._run_stage(self.stages[index], self.steps[index], state)
         self._save(state)
         compiled = {s.name: c.compilations for s, c in zip(self.stages, self.steps, strict=True)}
         summary = {
@@ -187,7 +258,9 @@ class _Loop:
             "compilations": {**compiled, "evaluate": self.evaluate.compilations},
             "seconds": self._seconds(),
         }
-        write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1))
+        if devices.is_main():
+            write_atomically(self.directory / SUMMARY, json.dumps(summary, indent=1))
+        devices.wait_for_all("finished")
         return summary
 
     def _finished(self) -> dict[str, Any] | None:
@@ -202,14 +275,31 @@ class _Loop:
         first = to_batch(packer.batch(np.arange(1)))
         init = make_init(self.potential)
         key = jax.random.key(self.config.training.seed)
-        found = checkpoint.resumable(self.checkpoints)
-        if found:
-            state, meta = checkpoint.restore(found[0], jax.eval_shape(init, key, first))
-            self.progress = Progress(**meta)
-        else:
+        state = self._restored(jax.eval_shape(init, key, first))
+        if state is None:
             state = jax.jit(init)(key, first)
-        self._truncate_metrics()
-        return state
+        if devices.is_main():
+            p, names = self.progress, [stage.name for stage in self.stages]
+            records.truncate(self.directory, names, p.stage, p.step)
+        restored: TrainState = devices.replicate(self.layout, state)
+        return restored
+
+    def _restored(self, template: TrainState) -> TrainState | None:
+        """The newest good checkpoint; None if there is none. Raises OrbqError if all are bad."""
+        failure: OrbqError | None = None
+        for path in checkpoint.resumable(self.checkpoints):
+            try:
+                state, meta = checkpoint.restore(path, template)
+            except OrbqError as error:
+                failure = error
+                self.reporter.warned(f"{error}\nGoing on with an earlier one if there is one.")
+                continue
+            self.progress = Progress(**meta)
+            restored: TrainState = state
+            return restored
+        if failure:
+            raise failure
+        return None
 
     def _next_stage(self, state: TrainState) -> TrainState:
         """Fresh moments on the averaged parameters of the stage before."""
@@ -223,66 +313,111 @@ class _Loop:
     def _run_stage(self, stage: Stage, step: Counted, state: TrainState) -> TrainState:
         training, p = self.config.training, self.progress
         packer = make_packer(self.data, stage.pool, self.config)
-        pending: list[dict[str, jax.Array]] = []
-        batches: Any = prefetch(self._batches(stage, packer), 2)
+        hyper = devices.replicate(self.layout, stage.hyper)
+        pending: list[tuple[Update, dict[str, jax.Array]]] = []
+        updates: Any = prefetch(self._updates(stage, packer), 2)
+        self.looked = (time.monotonic(), 0, 0)
         try:
-            for epoch, number, batch in batches:
+            for update in updates:
                 if p.step >= stage.n_steps or 0 < training.patience <= p.stale:
                     break
-                state, metrics = step(state, batch, stage.hyper)
-                pending.append(metrics)
-                p.step, p.epoch, p.batch = p.step + 1, epoch, number + 1
+                stopping = self.stop(p.step)
+                if stopping:
+                    break
+                state, metrics = step(state, update.batch, hyper)
+                pending.append((update, metrics))
+                p.step, p.epoch, p.batch = p.step + 1, update.epoch, update.number + 1
                 last = p.step == stage.n_steps
                 validating = last or p.step % training.validate_every == 0
                 saving = p.step % training.checkpoint_every == 0 and not last
                 if validating or saving or p.step % CHECK_EVERY == 0:
-                    self._settle(stage, pending)  # a state that is saved has been looked at
+                    self._settle(stage, pending, step)  # a saved state has been looked at
                 if validating:
-                    self._validate(stage, state)
+                    self._validate(stage, state, update)
                 if saving:
                     self._save(state)
+            else:
+                stopping = False
         finally:
-            batches.close()
+            updates.close()
+        if p.step < stage.n_steps and not 0 < training.patience <= p.stale:
+            self._settle(stage, pending, step)
+            self._save(state)
+            raise PreemptedError(
+                f"stopped by SIGTERM at step {p.step} of stage {stage.name!r}; everything is kept "
+                f"in {self.checkpoints}: run the same command again to go on"
+            )
         return state
 
-    def _batches(self, stage: Stage, packer: Packer) -> Iterator[tuple[int, int, Batch]]:
+    def _updates(self, stage: Stage, packer: Packer) -> Iterator[Update]:
         epoch, start = self.progress.epoch, self.progress.batch
+        seed, parts = self.config.training.seed, self.layout.parts
+        nothing = np.zeros(0, np.int64)
         while True:
             plan = epoch_plan(
-                stage.pool,
-                stage.n_labelled,
-                stage.share,
-                self.data.budget,
-                self.config.training.seed,
-                epoch,
+                stage.pool, stage.n_labelled, stage.share, self.data.budget, seed, epoch
             )
-            for number in range(start, len(plan)):
-                yield epoch, number, to_batch(packer.batch(plan[number]))
+            for number in range(start, -(-len(plan) // parts)):
+                items = plan[number * parts : (number + 1) * parts]
+                items += [nothing] * (parts - len(items))
+                packed = [to_batch(packer.batch(items[part])) for part in self.layout.mine]
+                batch = devices.spread(self.layout, packed)
+                yield Update(epoch, number, np.concatenate(items), batch)
             epoch, start = epoch + 1, 0
 
     # ------------------------------------------------------------------ records
 
-    def _settle(self, stage: Stage, pending: list[dict[str, jax.Array]]) -> None:
-        """Take the waiting metrics from the device; stop on a loss that is not finite."""
-        p = self.progress
-        for metrics in jax.device_get(pending):
-            if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
-                raise OrbqError(
-                    f"the loss is not finite near step {p.step} of stage {stage.name!r} "
-                    f"(loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}): lower "
-                    "training.learning_rate or training.clip_norm, or look at the data with "
-                    f"`orbq inspect`; {self.checkpoints} keeps the last good state (--resume)"
-                )
-            for name, value in metrics.items():
-                p.sums[name] = p.sums.get(name, 0.0) + float(value)
-            p.counted += 1
+    def _settle(
+        self, stage: Stage, pending: list[tuple[Update, dict[str, jax.Array]]], step: Counted
+    ) -> None:
+        """Take the waiting metrics from the device; count and record losses that are not finite."""
+        p, n = self.progress, len(pending)
+        real = sum(int(stage.pool.n_nodes[update.items].sum()) for update, _ in pending)
+        loss = np.nan
+        for place, (update, waiting) in enumerate(pending):
+            metrics = jax.device_get(waiting)
+            if np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"]):
+                loss, p.nonfinite = float(metrics["loss"]), 0
+                for name, value in metrics.items():
+                    p.sums[name] = p.sums.get(name, 0.0) + float(value)
+                p.counted += 1
+            else:
+                self._nonfinite(stage, p.step - n + place + 1, update, metrics)
         if pending:
-            self.reporter.stepped(stage.name, p.step, stage.n_steps, float(pending[-1]["loss"]))
+            now, padded = time.monotonic(), n * self.layout.parts * self.data.budget.n_node
+            rate = real / max(now - self.looked[0], 1e-9)
+            speed = Speed(rate, real / padded, step.compilations)
+            self.looked = (now, real, padded)
+            self.reporter.stepped(stage.name, p.step, stage.n_steps, loss, speed)
         pending.clear()
 
-    def _validate(self, stage: Stage, state: TrainState) -> None:
+    def _nonfinite(self, stage: Stage, step: int, update: Update, metrics: dict[str, Any]) -> None:
+        """Record a batch that changed nothing; give up after MAX_NONFINITE of them in a row."""
+        p, path = self.progress, self.directory / records.NONFINITE
+        p.nonfinite += 1
+        found = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
+        place = {"stage": stage.name, "step": step, "epoch": update.epoch, "batch": update.number}
+        structures = records.structures_of(stage.pool, update.items)
+        if devices.is_main():
+            told = {name: repr(value) for name, value in found.items()}
+            records.append(path, {**place, **told, "structures": structures})
+        what = (
+            f"the loss is not finite at step {step} of stage {stage.name!r} (loss {found['loss']}, "
+            f"gradient norm {found['gradient_norm']})"
+        )
+        if p.nonfinite < MAX_NONFINITE:
+            self.reporter.warned(f"{what}: the batch was left out; its structures are in {path}")
+            return
+        raise OrbqError(
+            f"{what}, for the {p.nonfinite}th time in a row: lower training.learning_rate or "
+            f"training.clip_norm, or look at the structures in {path}; {self.checkpoints} keeps "
+            "the last good state"
+        )
+
+    def _validate(self, stage: Stage, state: TrainState, update: Update) -> None:
         p = self.progress
-        errors = self.errors(state.ema, self.validation)
+        params = devices.local(self.layout, state.ema)
+        errors = self.errors(params, self.validation)
         means = {f"train/{n}": v / max(p.counted, 1) for n, v in p.sums.items()}
         p.sums, p.counted = {}, 0
         record = {
@@ -293,6 +428,8 @@ class _Loop:
             **means,
             **{f"validation/{n}": v for n, v in errors.items()},
         }
+        if stage.name == "train" and self.config.training.log_gradients:
+            record |= self._gradients(stage, devices.local(self.layout, state.params), update)
         if stage.name == "train":
             criterion = errors[_criterion(errors)]
             record["best"] = p.best is None or criterion < p.best
@@ -300,40 +437,35 @@ class _Loop:
             if record["best"]:
                 p.best = criterion
                 meta = {"step": p.step, "criterion": criterion}
-                checkpoint.save(self.checkpoints / checkpoint.BEST, {"params": state.ema}, meta)
-        with (self.directory / METRICS).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+                if devices.is_main():
+                    checkpoint.save(self.checkpoints / checkpoint.BEST, {"params": params}, meta)
+        if devices.is_main():
+            records.append(self.directory / METRICS, record)
         self.reporter.validated(record)
+
+    def _gradients(self, stage: Stage, params: Params, update: Update) -> dict[str, float]:
+        """Norms and conflict of the tasks' gradients on the first part of an update."""
+        batch = update.batch
+        if self.layout.mesh is not None:
+            batch = jax.tree.map(lambda x: x.addressable_data(0)[0, 0], batch)
+        found = self.gradients(params, batch, stage.hyper.weights)
+        return {name: float(value) for name, value in jax.device_get(found).items()}
 
     def errors(self, params: Params, packer: Packer) -> dict[str, float]:
         """Errors of ``params`` on every structure of a packer's pool."""
         plan = packer.plan(0)
-        parts = [self.evaluate(params, to_batch(packer.batch(items))) for items in plan]
-        return from_sums(add_sums(jax.device_get(parts)))
+        mine = plan[jax.process_index() :: jax.process_count()] or [np.zeros(0, np.int64)]
+        parts = [self.evaluate(params, to_batch(packer.batch(items))) for items in mine]
+        return from_sums(devices.total(add_sums(jax.device_get(parts))))
 
     def _save(self, state: TrainState) -> None:
+        if not devices.is_main():
+            return
         p = self.progress
         step = sum(s.n_steps for s in self.stages[: p.stage]) + p.step
         meta = asdict(p)
         meta["seconds"] = self._seconds()
-        checkpoint.save_step(self.checkpoints, step, state, meta)
-
-    def _truncate_metrics(self) -> None:
-        """Drop records of steps that will be made again."""
-        path, p = self.directory / METRICS, self.progress
-        if not path.is_file():
-            return
-        names = [stage.name for stage in self.stages]
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                place = (names.index(record["stage"]), record["step"])
-            except (ValueError, KeyError):
-                continue  # a line cut off by a power failure
-            if place <= (p.stage, p.step):
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        checkpoint.save_step(self.checkpoints, step, devices.local(self.layout, state), meta)
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
@@ -352,6 +484,8 @@ class _Loop:
             "structures": {name: len(pool) for name, pool in data.pools.items()},
             "labels": {name: n for name, n in data.labels.items() if n},
             "n_parameters": n_parameters(template),
+            "parts": self.layout.parts,
+            "devices": f"{self.layout.n_devices} x {jax.devices()[0].device_kind}",
             "budget": data.budget._asdict(),
             "fill": {k: round(v, 4) for k, v in plan_fill._asdict().items()},
             "scales": {
@@ -360,8 +494,8 @@ class _Loop:
             "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         }
         if (self.directory / RUN_FILE).exists():
-            _check_same_data(self.directory, data.datasets)
-        else:
+            records.check_same_data(self.directory, data.datasets)
+        elif devices.is_main():
             save_description(
                 self.directory,
                 self.config,
@@ -370,19 +504,8 @@ class _Loop:
                 data.references,
                 facts,
             )
+        devices.wait_for_all("described")
         return facts
-
-
-def _check_same_data(directory: Path, datasets: tuple[Dataset, ...]) -> None:
-    """Refuse to go on with other structures or labels than the run was begun with."""
-    before = read_description(directory)["data"]
-    for dataset, stored in zip(datasets, before, strict=True):
-        for name, now in dataset.manifest["arrays"].items():
-            if name not in _RECOMPUTED and now != stored["arrays"].get(name):
-                raise InputError(
-                    f"{dataset.path} has changed since {directory} was begun ({name} is another): "
-                    "bring the data set back, or start anew with --overwrite"
-                )
 
 
 def _criterion(errors: dict[str, float]) -> str:

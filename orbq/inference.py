@@ -107,6 +107,7 @@ class StructureSet:
     """Structures in memory, as flat arrays like those of a stored data set."""
 
     path: Path | None = None
+    method = orbitals.GFN1  # no labels: of no consequence
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         sizes = [len(s.numbers) for s in structures]

@@ -74,6 +74,7 @@ _SHELL_TABLE = {
     ),
 }
 METHODS = tuple(_SHELL_TABLE)
+GFN1 = METHODS[0]
 
 
 class Shells(NamedTuple):
@@ -94,7 +95,7 @@ class Shells(NamedTuple):
 
 
 @cache
-def shells(method: str = "GFN1-xTB") -> Shells:
+def shells(method: str = GFN1) -> Shells:
     """Shells, masks and reference occupations of ``method`` for every element.
 
     Raises KeyError naming the known methods when ``method`` is not one of them.
@@ -244,7 +245,7 @@ def orbital_from_density() -> np.ndarray:
 
 
 @cache
-def onsite_mask(method: str = "GFN1-xTB") -> np.ndarray:
+def onsite_mask(method: str = GFN1) -> np.ndarray:
     """[87, 47] bool: the components that an element has under ``method``."""
     has = shells(method).shell_mask
     mask = np.zeros((MAX_Z + 1, N_ONSITE), bool)
@@ -253,7 +254,7 @@ def onsite_mask(method: str = "GFN1-xTB") -> np.ndarray:
     return mask
 
 
-def shell_mask(method: str = "GFN1-xTB") -> np.ndarray:
+def shell_mask(method: str = GFN1) -> np.ndarray:
     """[87, 8] bool: the STATISTICS_SHELLS that an element has under ``method``."""
     mask = onsite_mask(method)
     return np.stack([mask[:, _first_column(s)] for s in range(len(STATISTICS_SHELLS))], axis=1)
@@ -269,9 +270,7 @@ COLUMN_SHELL = np.concatenate(
 COLUMN_L = np.concatenate([np.full(c.columns.stop - c.columns.start, c.l) for c in COMPONENTS])
 
 
-def onsite_from_blocks(
-    blocks: np.ndarray, numbers: np.ndarray, method: str = "GFN1-xTB"
-) -> np.ndarray:
+def onsite_from_blocks(blocks: np.ndarray, numbers: np.ndarray, method: str = GFN1) -> np.ndarray:
     """Components [N, 47] of the charge block, from the symmetrised on-site blocks B [N, 10, 10].
 
     ``blocks`` are in slot order with e3nn's components; entries of absent slots are ignored.

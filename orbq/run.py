@@ -33,7 +33,7 @@ from orbq.models.potential import (
     make_potential,
     predict,
 )
-from orbq.orbitals import SYMBOLS
+from orbq.orbitals import GFN1, SYMBOLS
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
@@ -194,6 +194,7 @@ def save_description(
             "elements": constants.elements,
             "energy_scale": constants.energy_scale,
             "avg_num_neighbors": constants.avg_num_neighbors,
+            "method": constants.method,
         },
         "references": {n: json.loads(r.to_json()) for n, r in references.items()},
         **extra,
@@ -270,6 +271,7 @@ def _constants(directory: Path, info: Mapping[str, Any]) -> Constants:
         energy_scale=stored["energy_scale"],
         avg_num_neighbors=stored["avg_num_neighbors"],
         statistics=_statistics(directory / STATISTICS_FILE),
+        method=str(stored.get("method", GFN1)),
     )
 
 

@@ -15,7 +15,8 @@ from orbq.train import Hyper
 
 class Stage(NamedTuple):
     """One part of a run. pool: its structures, the first n_labelled each once an epoch, so many of
-    the others that they are ``share`` of them. terms: loss terms. hyper: traced settings."""
+    the others that they are ``share`` of them. terms: loss terms. hyper: traced settings. frozen:
+    parameters that stay as they are."""
 
     name: str
     n_steps: int
@@ -24,6 +25,7 @@ class Stage(NamedTuple):
     share: float
     terms: tuple[str, ...]
     hyper: Hyper
+    frozen: tuple[str, ...] = ()
 
 
 def make_stages(config: Config, data: TrainingData) -> list[Stage]:
@@ -41,7 +43,8 @@ def make_stages(config: Config, data: TrainingData) -> list[Stage]:
     share = training.unlabelled_share
     pool = teaching if share > 0 else train
     hyper = _hyper(config, training.n_steps, training.learning_rate)
-    stages.append(Stage("train", training.n_steps, pool, len(train), share, data.spec.terms, hyper))
+    frozen, terms = training.frozen, data.spec.terms
+    stages.append(Stage("train", training.n_steps, pool, len(train), share, terms, hyper, frozen))
     return stages
 
 
@@ -61,4 +64,5 @@ def _hyper(config: Config, n_steps: int, rate: float) -> Hyper:
         clip_norm=number(training.clip_norm),
         ema_decay=number(training.ema_decay),
         weight_decay=number(training.weight_decay),
+        auxiliary_final=number(config.loss.auxiliary_final_fraction),
     )

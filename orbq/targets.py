@@ -12,6 +12,7 @@ keeps the normalised target equivariant: rotating a molecule rotates it and leav
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ class Target(NamedTuple):
     per: "atom" or "structure".
     fields: arrays of the data set it needs (schema.FIELDS); unlabelled where any of them is masked.
     extract: (arrays, rows) -> [n, k] float64, values of the rows of these fields.
-    element_mask: [87, k] bool, columns an element has.
+    elements: xTB method -> [87, k] bool, columns an element has; read-only.
     shell: [k] int, the normalisation group of each column. shell_names: their names.
     has_mean: [k] bool, columns whose mean may be removed (l = 0).
     charge: [k] weights with which the columns add up to the atom's charge, or None.
@@ -43,26 +44,35 @@ class Target(NamedTuple):
     per: str
     fields: tuple[str, ...]
     extract: Callable[[Arrays, Any], np.ndarray]
-    element_mask: np.ndarray
+    elements: Callable[[str], np.ndarray]
     shell: np.ndarray
     shell_names: tuple[str, ...]
     has_mean: np.ndarray
     charge: np.ndarray | None
 
-    def mask(self, numbers: np.ndarray, labelled: np.ndarray | bool) -> np.ndarray:
+    def mask(
+        self, numbers: np.ndarray, labelled: np.ndarray | bool, method: str = orb.GFN1
+    ) -> np.ndarray:
         """[n, k] bool: columns that exist for these elements in labelled structures."""
-        return self.element_mask[numbers] & np.asarray(labelled, bool).reshape(-1, 1)
+        return self.elements(method)[numbers] & np.asarray(labelled, bool).reshape(-1, 1)
 
 
 def _onsite(arrays: Arrays, rows: Any) -> np.ndarray:
     return np.asarray(arrays["onsite"][rows], np.float64)
 
 
-_COLUMNS = orb.onsite_mask()
-_SHELLS = orb.shells()
-_ELEMENT = np.arange(orb.MAX_Z + 1)[:, None] > 0
 _IS_CHARGE = (orb.COLUMN_L == 0) & (orb.COLUMN_SHELL < 4)
 _ONSITE_CHARGE = np.where(_IS_CHARGE, np.sqrt(2 * orb.SHELL_L + 1)[orb.COLUMN_SHELL % 4], 0.0)
+
+
+@cache
+def _columns(method: str, k: int) -> np.ndarray:
+    return orb.onsite_mask(method)[:, :k]
+
+
+@cache
+def _every_element(k: int) -> np.ndarray:
+    return np.tile(np.arange(orb.MAX_Z + 1)[:, None] > 0, (1, k))
 
 
 def _irreps_target(k: int, irreps: str) -> Target:
@@ -73,7 +83,7 @@ def _irreps_target(k: int, irreps: str) -> Target:
         per="atom",
         fields=("onsite",),
         extract=lambda arrays, rows: _onsite(arrays, rows)[:, :k],
-        element_mask=_COLUMNS[:, :k],
+        elements=lambda method: _columns(method, k),
         shell=orb.COLUMN_SHELL[:k],
         shell_names=orb.STATISTICS_SHELLS[: orb.COLUMN_SHELL[:k].max() + 1],
         has_mean=(orb.COLUMN_L == 0)[:k],
@@ -89,7 +99,7 @@ def _scalar_target(field: str, unit: str, charge: bool, extract: Any = None) -> 
         per="atom",
         fields=(field,),
         extract=extract or (lambda arrays, rows: np.asarray(arrays[field][rows], float)[:, None]),
-        element_mask=_ELEMENT,
+        elements=lambda method: _every_element(1),
         shell=np.zeros(1, int),
         shell_names=("atom",),
         has_mean=np.ones(1, bool),
@@ -105,7 +115,7 @@ def _xtb_target(field: str, k: int, irreps: str, unit: str, per: str) -> Target:
         per=per,
         fields=(field,),
         extract=lambda arrays, rows: np.asarray(arrays[field][rows], float).reshape(-1, k),
-        element_mask=np.repeat(_ELEMENT, k, axis=1),
+        elements=lambda method: _every_element(k),
         shell=np.zeros(k, int),
         shell_names=("all",),
         has_mean=np.zeros(k, bool),
@@ -122,7 +132,7 @@ TARGETS: dict[str, Target] = {
         per="atom",
         fields=("onsite",),
         extract=lambda arrays, rows: orb.orbital_charges(_onsite(arrays, rows)),
-        element_mask=_SHELLS.slot_mask,
+        elements=lambda method: orb.shells(method).slot_mask,
         shell=orb.SLOT_SHELL,
         shell_names=orb.SHELL_NAMES,
         has_mean=np.ones(orb.N_SLOTS, bool),
@@ -140,7 +150,7 @@ TARGETS: dict[str, Target] = {
         per="atom",
         fields=("onsite",),
         extract=lambda arrays, rows: orb.shell_charges(_onsite(arrays, rows)),
-        element_mask=_SHELLS.shell_mask,
+        elements=lambda method: orb.shells(method).shell_mask,
         shell=np.arange(4),
         shell_names=orb.SHELL_NAMES,
         has_mean=np.ones(4, bool),

@@ -8,11 +8,14 @@ from pathlib import Path
 import ase
 import numpy as np
 
+from orbq.orbitals import GFN1
 from orbq.schema import FIELDS, MANIFEST
 
 
 class MemoryDataset:
     """Arrays of ``schema.FIELDS`` with masks and offsets, all labels random and present."""
+
+    method = GFN1
 
     def __init__(self, structures: Sequence[ase.Atoms], seed: int = 0) -> None:
         rng = np.random.default_rng(seed)

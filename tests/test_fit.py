@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 
 from orbq import checkpoint
-from orbq import fit as fitting
 from orbq.config import Config, parse_config
 from orbq.data import TrainingData, epoch_plan, prepare, split_of
-from orbq.errors import InputError, OrbqError
+from orbq.errors import InputError, OrbqError, PreemptedError
 from orbq.fit import Silent, fit
 from orbq.preprocess.label import Resources, preprocess
 from orbq.preprocess.store import Dataset
@@ -151,7 +150,11 @@ class Listener(Silent):
     def __init__(self, stop_at: int = -1) -> None:
         self.facts: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
         self.stop_at = stop_at
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
 
     def started(self, facts: dict[str, Any]) -> None:
         self.facts = facts
@@ -232,7 +235,7 @@ def test_resumed_equals_uninterrupted(data, whole, tmp_path, stop_at):
     with pytest.raises(KeyboardInterrupt):
         fit(config, reporter=Listener(stop_at))
     assert checkpoint.resumable(tmp_path / "run" / "checkpoints")
-    summary = fit(config, resume=True)
+    summary = fit(config)
     assert max(summary["compilations"].values()) <= 1
     assert_same_run(tmp_path / "run", whole[0])
 
@@ -243,7 +246,7 @@ def test_stopped_before_the_first_checkpoint(data, whole, tmp_path):
     shutil.rmtree(run / "checkpoints")
     metrics = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(metrics[: len(metrics) // 4])  # ends within a line
-    fit(config_of(data, run), resume=True)
+    fit(config_of(data, run))
     assert_same_run(tmp_path / "run", whole[0])
 
 
@@ -253,15 +256,15 @@ def test_stopped_while_its_description_was_written(data, whole, tmp_path):
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").unlink()
     (run / "run.json").rename(run / "run.json.tmp")
-    fit(config_of(data, run), resume=True)
+    fit(config_of(data, run))
     assert_same_run(tmp_path / "run", whole[0])
 
 
 def test_resuming_a_finished_run_changes_nothing(data, whole, tmp_path):
-    summary = fit(config_of(data, whole[0]), resume=True)
+    summary = fit(config_of(data, whole[0]))
     assert summary == json.loads(json.dumps(whole[1]))
     run = copy_of(whole[0], tmp_path / "run")  # trained, but stopped before it could say so
-    fit(config_of(data, run), resume=True)
+    fit(config_of(data, run))
     assert_same_run(run, whole[0])
 
 
@@ -269,43 +272,94 @@ RUN_IN_A_PROCESS = """
 import sys
 from orbq.config import config_from_json
 from orbq.fit import fit
-fit(config_from_json(sys.stdin.read()), resume=True)
+fit(config_from_json(sys.stdin.read()))
 """
 
 
-@pytest.mark.parametrize("after_records", [0, 3])
-def test_killed_at_a_random_moment(data, whole, tmp_path, after_records):
-    """SIGKILL up to 0.3 s after so many records (about the time of five steps with checkpoints)."""
-    config, metrics = config_of(data, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN_IN_A_PROCESS], stdin=subprocess.PIPE, env=os.environ.copy()
-    ) as process:
-        process.stdin.write(config.model_dump_json().encode())
-        process.stdin.close()
-        ready = metrics if after_records else tmp_path / "run"
-        while process.poll() is None:
-            if ready.exists() and (
-                not after_records or len(metrics.read_text().splitlines()) >= after_records
-            ):
-                time.sleep(random.uniform(0, 0.3))
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        process.wait()
-    fit(config, resume=True)
+KILLED_IN_A_WRITE = """
+import os, signal, sys
+from orbax.checkpoint import StandardCheckpointer
+from orbq import checkpoint
+left, real = int(sys.argv[1]), checkpoint.save
+def save(directory, tree, meta):
+    global left
+    left -= 1
+    if left == 0:  # half of the files are there, under the temporary name
+        partial = directory.with_name(directory.name + ".new")
+        real(partial, tree, meta)
+        for path in sorted(p for p in partial.rglob("*") if p.is_file())[::2]:
+            path.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(directory, tree, meta)
+checkpoint.save = save
+"""
+
+
+def test_killed_at_ten_moments(data, whole, tmp_path):
+    """SIGKILL again and again in one run: five times by the clock, five times within the writing of
+    a checkpoint; then to the end: the same parameters and records, bit for bit."""
+    config, rng, ended = config_of(data, tmp_path / "run"), random.Random(0), 0
+    for kill in range(10):
+        writing = kill % 2 == 1
+        code = (KILLED_IN_A_WRITE if writing else "") + RUN_IN_A_PROCESS
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(rng.choice([1, 2, 3]))], stdin=subprocess.PIPE
+        ) as process:
+            process.stdin.write(config.model_dump_json().encode())
+            process.stdin.close()
+            if not writing:
+                metrics = tmp_path / "run" / "metrics.jsonl"
+                seen = metrics.read_text() if metrics.exists() else ""
+                while process.poll() is None:
+                    now = metrics.read_text() if metrics.exists() else ""
+                    if now != seen or rng.random() < 0.0005:
+                        time.sleep(rng.uniform(0, 0.2))
+                        process.send_signal(signal.SIGKILL)
+                        break
+                    time.sleep(0.005)
+            ended += process.wait() == 0
+    fit(config)
     assert_same_run(tmp_path / "run", whole[0])
+    assert ended < 10
 
 
-def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(data, whole, tmp_path):
-    run = copy_of(whole[0], tmp_path / "run")
-    newest = checkpoint.resumable(run / "checkpoints")[0]
+def truncated(newest: Path) -> None:
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.raises(OrbqError, match=f"{newest}.*delete it and resume from an earlier"):
-        fit(config_of(data, run), resume=True)
+
+
+def flipped(newest: Path) -> None:
+    """One bit of the contents: the checksum alone can tell."""
+    template = checkpoint.ocp.StandardCheckpointer().restore(newest.absolute())
+    changed = jax.tree.map(np.array, template)
+    leaf = jax.tree.leaves(changed)[0]
+    leaf.view(np.uint8).flat[0] ^= 1
+    meta = (newest / "orbq.json").read_text()
     shutil.rmtree(newest)
-    fit(config_of(data, run), resume=True)
+    with checkpoint.ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(newest.absolute(), changed)
+    (newest / "orbq.json").write_text(meta)
+
+
+def emptied(newest: Path) -> None:
+    for path in newest.rglob("*"):
+        if path.is_file() and path.name != "orbq.json":
+            path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(data, whole, tmp_path, damage):
+    run, listener = copy_of(whole[0], tmp_path / "run"), Listener()
+    newest, earlier = checkpoint.resumable(run / "checkpoints")
+    damage(newest)
+    fit(config_of(data, run), reporter=listener)
+    assert len(listener.warnings) == 1 and str(newest) in listener.warnings[0]
     assert_same_run(run, whole[0])
+    for path in (newest, earlier):
+        damage(path)
+    (run / "summary.json").unlink()
+    with pytest.raises(OrbqError, match="cannot be restored, it is damaged"):
+        fit(config_of(data, run))
 
 
 def test_patience_stops_and_a_resumed_run_stays_stopped(data, tmp_path):
@@ -316,7 +370,7 @@ def test_patience_stops_and_a_resumed_run_stays_stopped(data, tmp_path):
     steps = [r["step"] for r in records(tmp_path / "run")]
     assert steps[-1] < 40
     (tmp_path / "run" / "summary.json").unlink()  # stopped before it could say that it was done
-    fit(config, resume=True)
+    fit(config)
     assert [r["step"] for r in records(tmp_path / "run")] == steps
 
 
@@ -324,16 +378,12 @@ def test_patience_stops_and_a_resumed_run_stays_stopped(data, tmp_path):
 
 
 def test_a_directory_in_use_is_refused(data, whole, tmp_path):
-    directory = whole[0]
-    with pytest.raises(InputError, match=r"holds this run already.*--resume"):
-        fit(config_of(data, directory))
-    other = config_of(data, directory, training={"learning_rate": 1e-3})
-    for resume in (False, True):
-        with pytest.raises(InputError, match="another configuration"):
-            fit(other, resume=resume)
+    other = config_of(data, whole[0], training={"learning_rate": 1e-3})
+    with pytest.raises(InputError, match="another configuration"):
+        fit(other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("42")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    for options in ({}, {"overwrite": True}):
         with pytest.raises(InputError, match="mine"):
             fit(config_of(data, tmp_path / "mine"), **options)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "42"
@@ -356,13 +406,13 @@ def test_other_data_under_the_same_name_is_refused(data, whole, tmp_path):
     (run / "run.json").write_text(
         json.dumps({**info, "config": json.loads(config.model_dump_json())})
     )
-    fit(config, resume=True)  # a copy of the data set is the same data set
+    fit(config)  # a copy of the data set is the same data set
     shutil.rmtree(sets / "labelled")
     changed = structures("train", 20, 7) + structures("validation", 4, 1)
     changed += structures("test", 4, 2)
     preprocess(changed, sets / "labelled", resources=Resources(workers=1))
     with pytest.raises(InputError, match=r"labelled has changed since.*--overwrite"):
-        fit(config, resume=True)
+        fit(config)
 
 
 def test_a_weight_without_labels_is_refused_by_name(data, tmp_path):
@@ -382,24 +432,58 @@ def test_held_out_structures_among_the_unlabelled_are_refused(data, tmp_path):
         fit(config_of(data, tmp_path / "run", data=changes))
 
 
-def test_a_loss_that_is_not_finite_names_its_step(data, whole, tmp_path, monkeypatch):
-    """And leaves a checkpoint from before it, from which the run goes on."""
+OVERFLOW = 1e39  # eV: a float64 that float32 cannot hold
+
+
+@pytest.mark.parametrize("bad", [1, 15])
+def test_a_loss_that_is_not_finite_is_left_out_and_recorded(data, tmp_path, bad):
+    """One bad structure costs its batches; if every batch has one the run ends, with advice."""
+    made, kept = structures("train", 20, 0), []
+    with_energy = [atoms for atoms in made if "energy" in atoms.info]
+    for atoms in with_energy[:bad]:
+        atoms.info["energy"] = OVERFLOW
+    made += structures("validation", 4, 1)
+    preprocess(made, tmp_path / "set", resources=Resources(workers=1))
+    config = config_of(
+        data,
+        tmp_path / "run",
+        data={"dataset": str(tmp_path / "set"), "unlabelled": [], "test_fraction": 0.0},
+        training={"pretrain_steps": 0, "unlabelled_share": 0.0, "n_steps": 20},
+        loss={"kind": "mse"},
+    )
+    if bad == 15:
+        with pytest.raises(OrbqError, match=r"5th time in a row: lower .*nonfinite\.jsonl") as told:
+            fit(config)
+        assert told.value.exit_status == 1
+        return
+    fit(config)
+    lines = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
+    stored = Dataset.open(tmp_path / "set")
+    wrong = int(np.argmax(np.asarray(stored["energy"])))
+    kept = [json.loads(line) for line in lines]
+    assert 2 <= len(kept) <= 8  # once an epoch of about four batches
+    for record in kept:
+        assert wrong in {structure["index"] for structure in record["structures"]}
+        assert not np.isfinite(float(record["loss"]))
+    state = final_state(tmp_path / "run")["last"]
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+    assert int(state["step"]) == 20 - len(kept)
+
+
+def test_sigterm_keeps_everything(data, whole, tmp_path):
+    """The checkpoint is of the very step; the same command ends with the same parameters."""
+
+    class Sender(Listener):
+        def stepped(self, stage: str, step: int, *_: Any) -> None:
+            if stage == "train" and step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
     config = config_of(data, tmp_path / "run")
-
-    class Failing(fitting.Counted):
-        def __call__(self, *args: Any) -> Any:
-            found = super().__call__(*args)
-            if len(args) != 3 or args[2].n_steps != N_STEPS or found[0].step < 11:
-                return found  # an evaluation, the first stage, or early in the second
-            return found[0], {**found[1], "loss": np.float32(np.nan)}
-
-    monkeypatch.setattr(fitting, "Counted", Failing)
-    with pytest.raises(OrbqError, match=r"step 12 of stage 'train'.*nan"):
-        fit(config)
-    newest = checkpoint.resumable(tmp_path / "run" / "checkpoints")[0]
-    assert newest.name == f"step_{PRETRAIN + 9:09d}"  # the one due at step 12 was not written
-    monkeypatch.undo()
-    fit(config, resume=True)
+    with pytest.raises(PreemptedError, match=r"SIGTERM at step 4 .*same command") as told:
+        fit(config, reporter=Sender())
+    assert told.value.exit_status == 143
+    assert checkpoint.resumable(tmp_path / "run" / "checkpoints")[0].name.endswith("10")
+    fit(config)
     assert_same_run(tmp_path / "run", whole[0])
 
 

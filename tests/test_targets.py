@@ -81,8 +81,9 @@ def test_columns_agree_with_the_irreps(name):
         assert irreps.dim == target.k
         degrees = np.concatenate([np.full(mul * ir.dim, ir.l) for mul, ir in irreps])
         assert not target.has_mean[degrees > 0].any()  # a mean of l > 0 would choose a direction
-    assert target.element_mask.shape == (87, target.k)
-    assert not target.element_mask[0].any()
+    for method in orb.METHODS:
+        assert target.elements(method).shape == (87, target.k)
+        assert not target.elements(method)[0].any()
     assert target.shell.shape == target.has_mean.shape == (target.k,)
     assert set(target.shell) == set(range(len(target.shell_names)))
 
@@ -106,7 +107,7 @@ def test_columns_outside_the_mask_are_zero(name):
 def test_masks_need_a_label():
     labelled = np.arange(10) < 4
     mask = TARGETS["shell"].mask(NUMBERS, labelled)
-    np.testing.assert_array_equal(mask[:4], TARGETS["shell"].element_mask[NUMBERS[:4]])
+    np.testing.assert_array_equal(mask[:4], TARGETS["shell"].elements(orb.GFN1)[NUMBERS[:4]])
     assert not mask[4:].any()
 
 

@@ -28,8 +28,8 @@ def preprocess(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Files that ASE reads (.gz, .xz too), globs, or the embedded sets tmc, "
-            "tmc_unlabelled.",
+            help="Files that ASE reads (.gz, .xz too), globs, the directory of a tmQM release, or "
+            "the embedded sets tmc, tmc_unlabelled.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the data set to make.")],

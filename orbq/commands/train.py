@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-INTERRUPTED = "The checkpoints are kept; run the same command with --resume to go on."
+if TYPE_CHECKING:
+    from orbq.fit import Speed
+
+INTERRUPTED = "The checkpoints are kept; run the same command again to go on."
 
 
 def train(
@@ -28,13 +31,28 @@ def train(
         list[str] | None, typer.Argument(help="section.key=value, e.g. training.seed=3")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
+        bool, typer.Option("--resume", help="Go on with this run if there is one; so it is anyway.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete a run in the same directory, start anew.")
     ] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="One of several processes; SLURM, Open MPI or a TPU pod say which.",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of process 0, where nothing says which."),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    process: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
 ) -> None:
     """Train a potential on energies, forces and the targets that have a weight.
+
+    The same command goes on where it was stopped, by whatever: Ctrl-C, SIGTERM, a power cut.
 
     Writes checkpoints, metrics.jsonl and run.json to run.directory (default runs/<name of CONFIG>);
     load it with orbq.load, or use orbq evaluate and orbq predict.
@@ -43,15 +61,21 @@ def train(
     Examples:
       orbq train configs/demo.toml
       orbq train configs/demo.toml loss.weights.onsite=3 run.directory=runs/w3
-      orbq train configs/demo.toml --resume
+      orbq train mine.toml training.batch_size=64       # on all devices of this machine
+      srun orbq train mine.toml --distributed           # on all devices of a SLURM job
     """
+    from orbq import devices
     from orbq.config import load_config
     from orbq.fit import fit
+    from orbq.trackers import with_trackers
 
     settings = load_config(config, overrides or [])
-    with Display(Console(highlight=False)) as display:
-        summary = fit(settings, resume=resume, overwrite=overwrite, reporter=display)
-    display.finished(summary)
+    if distributed or coordinator:
+        devices.join(devices.Cluster(coordinator, processes, process))
+    with Display(Console(highlight=False)) as display, with_trackers(settings, display) as told:
+        summary = fit(settings, overwrite=overwrite, reporter=told)
+    if devices.is_main():
+        display.finished(summary)
 
 
 class Display:
@@ -66,7 +90,7 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[state]}"),
             console=console,
         )
         self.tasks: dict[str, TaskID] = {}
@@ -88,6 +112,7 @@ class Display:
             "structures": _pairs(facts["structures"]),
             "labels": _pairs(labels),
             "parameters": f"{facts['n_parameters']:,}",
+            "devices": f"{facts['devices']}, {facts['parts']} batches an update",
             "batch": f"{budget['n_node']} atoms, {budget['n_edge']} edges, "
             f"{budget['n_graph']} structures at most; filled {fill['edge']:.1%} (edges), "
             f"{fill['node']:.1%} (atoms)",
@@ -96,11 +121,19 @@ class Display:
             table.add_row(Text(name, "bold"), Text(text))
         self.console.print(table)
 
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float) -> None:
-        """Move the bar of a stage."""
+    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None:
+        """Move the bar of a stage; loss, speed, fill and compilations beside it."""
         if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=n_steps, loss="")
-        self.progress.update(self.tasks[stage], completed=step, loss=f"{loss:.4g}")
+            self.tasks[stage] = self.progress.add_task(stage, total=n_steps, state="")
+        state = (
+            f"loss {loss:.4g}, {speed.atoms_per_second:,.0f} atoms/s, filled {speed.fill:.0%}, "
+            f"compiled {speed.compilations}x"
+        )
+        self.progress.update(self.tasks[stage], completed=step, state=state)
+
+    def warned(self, text: str) -> None:
+        """What went wrong and did not stop the run."""
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), text))
 
     def validated(self, record: dict[str, Any]) -> None:
         """One line of raw validation errors in their units."""

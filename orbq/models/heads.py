@@ -120,6 +120,7 @@ class TargetHead(nn.Module):
     target: str
     kind: str
     statistics: Statistics
+    method: str = orbitals.GFN1
 
     @nn.compact
     def __call__(
@@ -137,7 +138,7 @@ class TargetHead(nn.Module):
         dtype = u.dtype
         if u.shape[1] != target.k:  # 23 irreps to the ten orbital charges
             u = u @ jnp.asarray(orbitals.orbital_from_density().T, dtype)
-        present = jnp.asarray(target.element_mask)[numbers]
+        present = jnp.asarray(target.elements(self.method))[numbers]
         mean, scale = (jnp.asarray(t, dtype)[numbers] for t in self.statistics)
         values = jnp.where(present, mean + scale * u, 0.0)
         if target.charge is None:

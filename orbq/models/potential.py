@@ -27,6 +27,7 @@ from orbq.models.invariant import Invariant
 from orbq.models.layers import Settings
 from orbq.models.mace import MACE
 from orbq.models.nequip import NequIP
+from orbq.orbitals import GFN1
 from orbq.targets import TARGETS, Statistics
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -42,13 +43,15 @@ class Constants(NamedTuple):
 
     elements: atomic numbers it was trained on, ascending. energy_scale: eV, what the energy readout
     is multiplied with. avg_num_neighbors: mean neighbours within the cutoff. statistics: of every
-    target that has a head.
+    target that has a head. method: xTB method of the charge labels, which decides what orbitals an
+    element has.
     """
 
     elements: tuple[int, ...]
     energy_scale: float
     avg_num_neighbors: float
     statistics: Mapping[str, Statistics]
+    method: str = GFN1
 
 
 class Architecture(NamedTuple):
@@ -154,7 +157,9 @@ class _Network(nn.Module):
                 out[name] = readout("xtb_energy")
             else:
                 kind = dict(arch.heads)[name]
-                head = TargetHead(name, kind, const.statistics[name], name=f"head_{name}")
+                head = TargetHead(
+                    name, kind, const.statistics[name], const.method, name=f"head_{name}"
+                )
                 out[name] = head(features, numbers, total_charge, segments)
         return readout("energy"), out
 

@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from orbq.errors import InputError
+from orbq.preprocess import tmqm
 
 EMBEDDED = ("tmc", "tmc_unlabelled")
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 class Source(NamedTuple):
-    """One input file. name: as the user gave it, for messages. sha256: of its bytes, hex."""
+    """One input file. name: as the user gave it, for messages. sha256: of its bytes, hex.
+    tables: files beside it that hold labels of its structures (see ``tmqm``)."""
 
     name: str
     path: Path
     sha256: str
+    tables: tuple[Source, ...] = ()
 
 
 class Frame(NamedTuple):
@@ -51,16 +54,23 @@ def embedded_path(name: str) -> Path:
 
 
 def find_sources(paths: Iterable[str | Path]) -> list[Source]:
-    """The input files that ``paths`` stand for: files, globs, or names of embedded data sets.
+    """The input files that ``paths`` stand for: files, globs, names of embedded data sets, or the
+    directory of a tmQM release.
 
     Raises InputError for a missing, empty or unreadable file, a directory, or a glob without match.
     """
     found: list[Source] = []
     for given in paths:
-        found += [_source(name, path) for name, path in _expand(str(given))]
+        found += [_source_with_tables(name, path) for name, path in _expand(str(given))]
     if not found:
         raise InputError("no input files given")
     return found
+
+
+def every_file(sources: Iterable[Source]) -> list[Source]:
+    """The sources in order, then the tables beside them, each once."""
+    sources = list(sources)
+    return list(dict.fromkeys([*sources, *(table for s in sources for table in s.tables)]))
 
 
 def _expand(given: str) -> list[tuple[str, Path]]:
@@ -69,6 +79,8 @@ def _expand(given: str) -> list[tuple[str, Path]]:
         return [(given, path)]
     if given in EMBEDDED:
         return [(given, embedded_path(given))]
+    if parts := tmqm.parts(path):
+        return [(str(part), part) for part in parts]
     if path.is_dir():
         raise InputError(f"{given} is a directory; name its files, e.g. '{given}/*.xyz'")
     matches = sorted(m for m in glob.glob(given, recursive=True) if Path(m).is_file())
@@ -78,6 +90,11 @@ def _expand(given: str) -> list[tuple[str, Path]]:
             f"{', '.join(EMBEDDED)})"
         )
     return [(match, Path(match)) for match in matches]
+
+
+def _source_with_tables(name: str, path: Path) -> Source:
+    tables = tuple(_source(str(table), table) for table in tmqm.tables_beside(path))
+    return _source(name, path)._replace(tables=tables)
 
 
 def _source(name: str, path: Path) -> Source:

@@ -18,7 +18,7 @@ import numpy as np
 from orbq.errors import InputError, OrbqError
 from orbq.orbitals import METHODS
 from orbq.preprocess import store, supervise, wire, xtb
-from orbq.preprocess.frames import Source, find_sources
+from orbq.preprocess.frames import Source, every_file, find_sources
 from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.manifest import write_manifest
 from orbq.preprocess.read import FIRST_FOUND, Keys, Reader, named_values
@@ -118,7 +118,7 @@ def _progress(phase: str, staged: Staged, ledger: Ledger) -> Progress:
 
 
 def _sources(reader: Reader) -> list[dict[str, str]]:
-    return [{"name": source.name, "sha256": source.sha256} for source in reader.sources]
+    return [{"name": source.name, "sha256": source.sha256} for source in every_file(reader.sources)]
 
 
 def _reader(inputs: Sequence[Any], keys: Keys) -> Reader:
@@ -147,7 +147,7 @@ def _identity(reader: Reader, recipe: Recipe) -> dict[str, Any]:
     """Everything the finished data set depends on."""
     return {
         "schema version": SCHEMA_VERSION,
-        "input": [source.sha256 for source in reader.sources],
+        "input": [source.sha256 for source in every_file(reader.sources)],
         "method": recipe.method,
         "settings": recipe.settings._asdict(),
         "keys": {name: key for name, key in recipe.keys._asdict().items() if key},

@@ -31,13 +31,17 @@ _CHUNK_ATOMS = 1 << 16  # atoms read at once from a data set
 
 
 class DatasetLike(Protocol):
-    """What packing needs of a data set: flat arrays by name (schema.FIELDS), and where it lies."""
+    """What packing needs of a data set: flat arrays by name (schema.FIELDS), the xTB method of its
+    labels, and where it lies."""
 
     @property
     def arrays(self) -> Mapping[str, np.ndarray]: ...
 
     @property
     def path(self) -> Path | None: ...
+
+    @property
+    def method(self) -> str: ...
 
     def __len__(self) -> int: ...
 

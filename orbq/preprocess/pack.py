@@ -273,7 +273,7 @@ class Packer:
         else:
             target = TARGETS[name]
             result = target.extract(values, slice(None))
-            mask = target.mask(numbers, labelled)
+            mask = target.mask(numbers, labelled, part.dataset.method)
         batch.targets[f"{name}/mask"][to] = mask
         spread = mask.reshape(mask.shape + (1,) * (result.ndim - mask.ndim))
         batch.targets[name][to] = np.where(spread, result, 0.0)

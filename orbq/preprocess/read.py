@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.preprocess import tmqm
 from orbq.preprocess.frames import Source, find_sources, read_frames
 from orbq.schema import Structure
 
 DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     "energy": (
         *("REF_energy", "ref_energy", "dft_energy", "DFT_energy", "energy_dft", "TotEnergy"),
-        *("total_energy", "energy", "Energy"),
+        *("total_energy", "energy", "Energy", *tmqm.ENERGIES),
     ),
     "forces": (
         *("REF_forces", "ref_forces", "dft_forces", "DFT_forces", "forces_dft", "force", "forces"),
@@ -32,7 +33,7 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     "spin": ("spin_multiplicity", "multiplicity", "spin"),
     "dft_charges": (
         *("dft_charges", "REF_charges", "dft_mulliken", "mulliken_charges", "mulliken"),
-        *("hirshfeld_charges", "charges"),
+        *("hirshfeld_charges", tmqm.CHARGES, "charges"),
     ),
     "group": ("group", "group_id", "csd_code", "CSD_code"),
 }
@@ -91,15 +92,21 @@ class Reader:
                 yield self._structure(atoms, (0, index))
         else:
             for number, source in enumerate(self.sources):
-                for frame in read_frames(source):
-                    if frame.atoms is None:
-                        yield Failure(source.name, frame.number, frame.reason)
-                    else:
-                        yield self._structure(frame.atoms, (number, frame.number))
+                with tmqm.open_tables([table.path for table in source.tables]) as tables:
+                    for frame in read_frames(source):
+                        if frame.atoms is None:
+                            yield Failure(source.name, frame.number, frame.reason)
+                        else:
+                            yield self._structure(frame.atoms, (number, frame.number), tables)
         self._check_demanded()
 
-    def _structure(self, atoms: Any, source: tuple[int, int]) -> Structure | Failure:
-        values = named_values(atoms)
+    def _structure(
+        self, atoms: Any, source: tuple[int, int], tables: tmqm.Tables = tmqm.NO_TABLES
+    ) -> Structure | Failure:
+        try:
+            values = tmqm.translated(named_values(atoms), tables)
+        except ValueError as error:
+            return Failure(self.sources[source[0]].name, source[1], str(error))
         self._names_seen |= values.keys()
         found = {field: self._find(field, values) for field in DEFAULT_NAMES}
         try:

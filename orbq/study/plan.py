@@ -69,10 +69,12 @@ def _groups(config: Config) -> Iterator[Program]:
             place = (subset, n_train, n_steps)
             # batches that hold charge-only structures would give the baseline fewer energies
             apart = config.training.unlabelled_share > 0
-            if apart:
+            if apart and ablation.baseline:
                 yield _program(config, None, [0.0], seeds, place)
             for number, arm in enumerate(ablation.targets):
-                weights = _weights(ablation, with_baseline=number == 0 and not apart)
+                weights = _weights(
+                    ablation, with_baseline=number == 0 and not apart and ablation.baseline
+                )
                 if weights:
                     yield _program(config, arm, weights, seeds, place)
 
