@@ -58,14 +58,13 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     Raises OrbqError naming the checkpoint when it is damaged or of another architecture.
     """
 
-    def describe(leaf: Any) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-    wanted = jax.tree.map(describe, serialization.to_state_dict(template))
+    wanted = serialization.to_state_dict(template)
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
         with _checkpointer() as checkpointer:
-            found = checkpointer.restore(directory.absolute(), wanted)
+            stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
+            as_stored = jax.tree.map(_place, wanted, stored)
+            found = checkpointer.restore(directory.absolute(), as_stored)
         if meta.pop(_DIGEST, None) not in (None, digest(found)):
             raise ValueError("its contents do not have the checksum they were written with")
     except Exception as error:  # Orbax raises many kinds; all mean the same to the caller
@@ -85,8 +84,13 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
             )
     # arrays that are tied to a device make another program of every function they enter: through
     # the host they are as fresh ones, and a resumed run finds its compiled programs again
-    found = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), found)
+    found = jax.tree.map(lambda a, b: jnp.asarray(np.asarray(b), a.dtype), wanted, found)
     return serialization.from_state_dict(template, found), meta
+
+
+def _place(leaf: Any, stored: Any) -> np.ndarray:
+    """What Orbax restores a leaf into: its shape, in the type it was written with."""
+    return np.broadcast_to(np.zeros((), stored.dtype), leaf.shape)
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:
