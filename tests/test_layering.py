@@ -38,7 +38,8 @@ class Layer(NamedTuple):
 
 CONTRACT = tuple(
     f"orbq.{name}"
-    for name in "units orbitals elements schema targets config config_text splits errors".split()
+    for name in "units orbitals elements schema targets splits errors".split()
+    + "config config_rules config_text".split()
 )
 LAYERS = {
     "contract": Layer(
