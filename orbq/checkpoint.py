@@ -22,10 +22,13 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from orbq.errors import OrbqError
+from orbq.preprocess.store import write_atomically
 
 KEEP = 2  # newest resumable checkpoints kept
 BEST = "best"
+VERSION = 1  # raised when older checkpoints can no longer be read as they are
 _META = "orbq.json"
+_VERSION = "checkpoint_version"
 _DIGEST = "sha256"
 
 
@@ -40,8 +43,8 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
     with _checkpointer() as checkpointer:
         checkpointer.save(partial.absolute(), state)
         checkpointer.wait_until_finished()
-    described = {**meta, _DIGEST: digest(state)}
-    (partial / _META).write_text(json.dumps(described), encoding="utf-8")
+    described = {**meta, _VERSION: VERSION, _DIGEST: digest(state)}
+    write_atomically(partial / _META, json.dumps(described))  # last: it says that all is there
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -55,12 +58,15 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
 def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     """The tree of a checkpoint in the structure, shapes and types of ``template``, and its meta.
 
-    Raises OrbqError naming the checkpoint when it is damaged or of another architecture.
+    Raises OrbqError naming the checkpoint when it is damaged, of another architecture, or of a
+    format that this version does not read.
     """
 
     wanted = serialization.to_state_dict(template)
     try:
-        meta = json.loads((directory / _META).read_text(encoding="utf-8"))
+        meta = dict(json.loads((directory / _META).read_text(encoding="utf-8")))
+        if (version := meta.pop(_VERSION, 1)) != VERSION:
+            raise ValueError(f"it is of checkpoint format {version}, this orbq reads {VERSION}")
         with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
             as_stored = jax.tree.map(_place, wanted, stored)
@@ -133,7 +139,12 @@ def resumable(checkpoints: Path) -> list[Path]:
 
 
 def save_step(checkpoints: Path, step: int, tree: Any, meta: dict[str, Any]) -> None:
-    """Write a resumable checkpoint and drop all but the newest ``KEEP``."""
-    save(checkpoints / f"step_{step:09d}", tree, meta)
-    for old in resumable(checkpoints)[KEEP:]:
-        shutil.rmtree(old)
+    """Write a resumable checkpoint; keep the newest ``KEEP`` up to it, and drop all others: older
+    ones, later ones (refused when the run was gone on with), and what a killed save has left."""
+    path = checkpoints / f"step_{step:09d}"
+    save(path, tree, meta)
+    found = resumable(checkpoints)
+    kept = found[found.index(path) :][:KEEP]
+    for other in checkpoints.glob("step_*"):
+        if other not in kept:
+            shutil.rmtree(other)

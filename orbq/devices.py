@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbq.errors import InputError, OrbqError
 from orbq.losses import Batch
 from orbq.train import DEVICES
+
+T = TypeVar("T")
+_MESSAGE_BYTES = 2048  # of a failure that one process tells the others
 
 
 class Layout(NamedTuple):
@@ -31,6 +34,11 @@ class Layout(NamedTuple):
     def n_devices(self) -> int:
         """Devices in use, over all processes."""
         return 1 if self.mesh is None else int(self.mesh.size)
+
+    @property
+    def n_idle(self) -> int:
+        """Devices that have no part in it."""
+        return int(jax.device_count()) - self.n_devices
 
     @property
     def mine(self) -> list[int]:
@@ -74,19 +82,25 @@ def join(cluster: Cluster) -> None:
         ) from error
 
 
-def choose(parts: int) -> Layout:
+def choose(parts: int, begun: bool = False) -> Layout:
     """The devices for updates of so many parts (0: one for each device there is).
 
-    Raises InputError when the devices of several processes do not divide the parts.
+    begun: the parts are those of a run that is gone on with. Raises InputError when the devices of
+    several processes do not divide the parts.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     parts = parts or len(devices)
     n = max(d for d in range(1, len(devices) + 1) if parts % d == 0)
     if jax.process_count() > 1 and n < len(devices):
+        remedy = (
+            "the run was begun so: go on with fewer processes, or begin another run with "
+            if begun
+            else "start fewer processes, or set "
+        )
         raise InputError(
             f"an update of {parts} batches cannot be shared by the {len(devices)} devices of "
-            f"{jax.process_count()} processes: set training.batches_per_update to a multiple of "
-            f"{len(devices)}, or start fewer processes"
+            f"{jax.process_count()} processes: {remedy}training.batches_per_update a multiple of "
+            f"{len(devices)}"
         )
     return ALONE if parts == 1 else Layout(parts, Mesh(np.array(devices[:n]), (DEVICES,)))
 
@@ -105,6 +119,11 @@ def spread(layout: Layout, batches: Sequence[Batch]) -> Batch:
 
     out: Batch = jax.tree.map(put, *batches)
     return out
+
+
+def named(layout: Layout) -> str:
+    """The devices in use, in words."""
+    return f"{layout.n_devices} x {jax.devices()[0].device_kind}"
 
 
 def replicated(layout: Layout) -> NamedSharding | None:
@@ -146,6 +165,54 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns in this process, which the main one does before the others begin.
+
+    If it fails in the main process with an OrbqError, that is raised in every process.
+    """
+    if jax.process_count() == 1:
+        return work()
+    if not is_main():
+        if failure := _said(""):
+            raise InputError(failure)
+        return work()
+    try:
+        result = work()
+    except OrbqError as error:
+        _said(str(error))
+        raise
+    _said("")
+    return result
+
+
+def main_decides(work: Callable[[], bool | None]) -> bool:
+    """The truth of what ``work`` returns in the main process, which alone does it; see above."""
+    found = False
+
+    def only_there() -> None:
+        nonlocal found
+        if is_main():
+            found = bool(work())
+
+    main_first(only_there)
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
+
+
+def _said(text: str) -> str:
+    """What the main process says, in every process."""
+    from jax.experimental import multihost_utils
+
+    said = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)
+    said[: len(encoded)] = encoded
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(said))
+    return heard.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def total(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:

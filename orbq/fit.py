@@ -8,7 +8,6 @@ whole state, so that a resumed run ends with the same parameters, bit for bit, o
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import threading
 import time
@@ -16,73 +15,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orbq import __version__, checkpoint, devices, records
-from orbq.cache import use_compilation_cache
+from orbq import checkpoint, devices, records
+from orbq.compiled import Counted, configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
 from orbq.devices import Layout
-from orbq.errors import InputError, OrbqError, PreemptedError
+from orbq.errors import OrbqError, PreemptedError
 from orbq.losses import Batch
-from orbq.metrics import add_sums, from_sums
-from orbq.models.heads import n_parameters
-from orbq.models.potential import Params, make_potential
+from orbq.models.potential import make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.prefetch import prefetch
 from orbq.preprocess.store import write_atomically
-from orbq.run import (
-    CHECKPOINTS,
-    METRICS,
-    RUN_FILE,
-    STATISTICS_FILE,
-    read_description,
-    save_description,
-)
+from orbq.reporter import Reporter, Silent, Speed
+from orbq.run import CHECKPOINTS, METRICS, read_description
 from orbq.stages import Stage, make_stages
-from orbq.train import (
-    TrainState,
-    make_evaluate,
-    make_gradient_report,
-    make_init,
-    make_train_step,
-)
+from orbq.train import TrainState, make_init, make_train_step
+from orbq.validation import Validation, criterion_of
 
 SUMMARY = "summary.json"  # written last: a run that has it is finished
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
 MAX_NONFINITE = 5  # batches in a row whose loss is not finite
-_BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
-
-
-class Speed(NamedTuple):
-    """atoms_per_second: real atoms, of all devices. fill: real over padded atoms. compilations: of
-    the training step so far."""
-
-    atoms_per_second: float
-    fill: float
-    compilations: int
-
-
-class Reporter(Protocol):
-    """What is told while training; the terminal display is one, a test's list another."""
-
-    def started(self, facts: dict[str, Any]) -> None: ...
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None: ...
-    def validated(self, record: dict[str, Any]) -> None: ...
-    def warned(self, text: str) -> None: ...
-
-
-class Silent:
-    """Tells nothing."""
-
-    def started(self, facts: dict[str, Any]) -> None: ...
-    def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None: ...
-    def validated(self, record: dict[str, Any]) -> None: ...
-    def warned(self, text: str) -> None: ...
 
 
 @dataclass
@@ -115,30 +73,6 @@ class Update(NamedTuple):
     batch: Batch
 
 
-class Counted:
-    """A jitted function that counts how often it was compiled."""
-
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
-        self.compilations = 0
-
-        def traced(*args: Any) -> Any:
-            self.compilations += 1
-            return function(*args)
-
-        self._jitted = jax.jit(traced, **options)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._jitted(*args)
-
-
-def configure_jax(config: Config) -> None:
-    """Precision and compilation cache of this process."""
-    jax.config.update("jax_enable_x64", config.training.precision == "float64")
-    jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
-    if config.training.compilation_cache:
-        use_compilation_cache()
-
-
 def fit(
     config: Config, overwrite: bool = False, reporter: Reporter | None = None
 ) -> dict[str, Any]:
@@ -153,40 +87,20 @@ def fit(
     """
     configure_jax(config)
     directory = Path(config.run.directory)
+    begun = devices.main_decides(lambda: records.claim(directory, config, overwrite))
     parts = config.training.batches_per_update
-    if devices.is_main():
-        _claim(directory, config, overwrite)
-    devices.wait_for_all("claimed")
-    if (directory / RUN_FILE).is_file():
+    if begun:
         parts = read_description(directory).get("parts", 1)
-    layout = devices.choose(parts)
-    if devices.is_main():  # caches are written once
-        data = prepare(config, layout.parts)
-    devices.wait_for_all("prepared")
-    if not devices.is_main():
-        data = prepare(config, layout.parts)
+    layout = devices.choose(parts, begun)
+    data = devices.main_first(lambda: prepare(config, layout.parts))  # caches are written once
     told = reporter if reporter and devices.is_main() else Silent()
-    with _term_signal() as asked:
+    if layout.n_idle:
+        told.warned(
+            f"{layout.n_idle} devices stay idle: an update of {layout.parts} batches is shared by "
+            f"{layout.n_devices}; training.batches_per_update is fixed when a run is begun"
+        )
+    with _term_signal() as asked, devices.told_when_memory_is_short(layout, data.budget):
         return _Loop(config, directory, data, layout, told, devices.make_stop(asked)).run()
-
-
-def _claim(directory: Path, config: Config, overwrite: bool) -> None:
-    """Make sure that ``directory`` is free, or holds this very run."""
-    held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
-    if overwrite and held:
-        if RUN_FILE not in held:
-            raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
-        shutil.rmtree(directory)
-    elif held:
-        if RUN_FILE not in held:
-            raise InputError(f"{directory} is not empty and holds no run: choose another directory")
-        before = read_description(directory).get("config")
-        if before != json.loads(config.model_dump_json()):
-            raise InputError(
-                f"{directory} holds a run of another configuration; choose another run.directory, "
-                "or start anew with --overwrite (which deletes it)"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -221,10 +135,9 @@ class _Loop:
         self.potential = make_potential(data.architecture, data.constants)
         self.stages = make_stages(config, data)
         self.progress = Progress()
-        self.evaluate = Counted(make_evaluate(self.potential, data.spec.terms))
-        self.gradients = Counted(make_gradient_report(self.potential, data.spec))
+        self.validation = Validation(self.potential, data, layout)
         self.steps = [Counted(self._step_of(stage), **self._jit_options()) for stage in self.stages]
-        self.validation = make_packer(data, data.pools["validation"], config)
+        self.held_out = make_packer(data, data.pools["validation"], config)
         self.started = time.monotonic()
         self.looked = (self.started, 0, 0)  # time, real atoms, padded atoms at the last look
 
@@ -240,7 +153,12 @@ class _Loop:
     # ------------------------------------------------------------------ stages
 
     def run(self) -> dict[str, Any]:
-        facts = self._describe()
+        packer = make_packer(self.data, self.stages[-1].pool, self.config)
+        shapes = {"parts": self.layout.parts, "devices": devices.named(self.layout)}
+        facts = records.facts_of(self.directory, self.data, self.potential, packer) | shapes
+        devices.main_decides(
+            lambda: records.describe(self.directory, self.config, self.data, facts)
+        )
         self.reporter.started(facts)
         if (finished := self._finished()) is not None:
             return finished
@@ -248,14 +166,13 @@ class _Loop:
         for index in range(self.progress.stage, len(self.stages)):
             if index > self.progress.stage:
                 state = self._next_stage(state)
-            with devices.told_when_memory_is_short(self.layout, self.data.budget):
-                state = self._run_stage(self.stages[index], self.steps[index], state)
+            state = self._run_stage(self.stages[index], self.steps[index], state)
         self._save(state)
         compiled = {s.name: c.compilations for s, c in zip(self.stages, self.steps, strict=True)}
         summary = {
             **facts,
             "best_validation": self.progress.best,
-            "compilations": {**compiled, "evaluate": self.evaluate.compilations},
+            "compilations": {**compiled, "evaluate": self.validation.evaluate.compilations},
             "seconds": self._seconds(),
         }
         if devices.is_main():
@@ -289,14 +206,14 @@ class _Loop:
         failure: OrbqError | None = None
         for path in checkpoint.resumable(self.checkpoints):
             try:
+                state: TrainState
                 state, meta = checkpoint.restore(path, template)
             except OrbqError as error:
                 failure = error
                 self.reporter.warned(f"{error}\nGoing on with an earlier one if there is one.")
                 continue
             self.progress = Progress(**meta)
-            restored: TrainState = state
-            return restored
+            return state
         if failure:
             raise failure
         return None
@@ -417,7 +334,7 @@ class _Loop:
     def _validate(self, stage: Stage, state: TrainState, update: Update) -> None:
         p = self.progress
         params = devices.local(self.layout, state.ema)
-        errors = self.errors(params, self.validation)
+        errors = self.validation.errors(params, self.held_out)
         means = {f"train/{n}": v / max(p.counted, 1) for n, v in p.sums.items()}
         p.sums, p.counted = {}, 0
         record = {
@@ -429,9 +346,10 @@ class _Loop:
             **{f"validation/{n}": v for n, v in errors.items()},
         }
         if stage.name == "train" and self.config.training.log_gradients:
-            record |= self._gradients(stage, devices.local(self.layout, state.params), update)
+            now = devices.local(self.layout, state.params)
+            record |= self.validation.gradients(now, update.batch, stage.hyper.weights)
         if stage.name == "train":
-            criterion = errors[_criterion(errors)]
+            criterion = errors[criterion_of(errors)]
             record["best"] = p.best is None or criterion < p.best
             p.stale = 0 if record["best"] else p.stale + 1
             if record["best"]:
@@ -442,21 +360,6 @@ class _Loop:
         if devices.is_main():
             records.append(self.directory / METRICS, record)
         self.reporter.validated(record)
-
-    def _gradients(self, stage: Stage, params: Params, update: Update) -> dict[str, float]:
-        """Norms and conflict of the tasks' gradients on the first part of an update."""
-        batch = update.batch
-        if self.layout.mesh is not None:
-            batch = jax.tree.map(lambda x: x.addressable_data(0)[0, 0], batch)
-        found = self.gradients(params, batch, stage.hyper.weights)
-        return {name: float(value) for name, value in jax.device_get(found).items()}
-
-    def errors(self, params: Params, packer: Packer) -> dict[str, float]:
-        """Errors of ``params`` on every structure of a packer's pool."""
-        plan = packer.plan(0)
-        mine = plan[jax.process_index() :: jax.process_count()] or [np.zeros(0, np.int64)]
-        parts = [self.evaluate(params, to_batch(packer.batch(items))) for items in mine]
-        return from_sums(devices.total(add_sums(jax.device_get(parts))))
 
     def _save(self, state: TrainState) -> None:
         if not devices.is_main():
@@ -469,49 +372,3 @@ class _Loop:
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
-
-    def _describe(self) -> dict[str, Any]:
-        data = self.data
-        template = jax.eval_shape(
-            self.potential.init,
-            jax.random.key(0),
-            *to_batch(self.validation.batch(np.arange(1)))[:2],
-        )
-        plan_fill = make_packer(data, self.stages[-1].pool, self.config).fill(0)
-        facts = {
-            "orbq_version": __version__,
-            "directory": str(self.directory),
-            "structures": {name: len(pool) for name, pool in data.pools.items()},
-            "labels": {name: n for name, n in data.labels.items() if n},
-            "n_parameters": n_parameters(template),
-            "parts": self.layout.parts,
-            "devices": f"{self.layout.n_devices} x {jax.devices()[0].device_kind}",
-            "budget": data.budget._asdict(),
-            "fill": {k: round(v, 4) for k, v in plan_fill._asdict().items()},
-            "scales": {
-                n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in data.spec.scales.items()
-            },
-            "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
-        }
-        if (self.directory / RUN_FILE).exists():
-            records.check_same_data(self.directory, data.datasets)
-        elif devices.is_main():
-            save_description(
-                self.directory,
-                self.config,
-                data.architecture,
-                data.constants,
-                data.references,
-                facts,
-            )
-        devices.wait_for_all("described")
-        return facts
-
-
-def _criterion(errors: dict[str, float]) -> str:
-    """What the best parameters are chosen by: the energy error, else the first error there is."""
-    for prefix in ("energy_mae", "forces_mae"):
-        for name in errors:
-            if name.startswith(prefix) and "atom" not in name:
-                return name
-    return next(name for name in errors if "_mae" in name)

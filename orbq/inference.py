@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from orbq import orbitals
+from orbq.compiled import Counted, configure_jax
 from orbq.data import to_batch
-from orbq.fit import Counted, configure_jax
 from orbq.models.potential import Params, Prediction, predict
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool

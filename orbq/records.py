@@ -1,20 +1,41 @@
-"""What a training run writes beside its checkpoints: one line per validation or bad batch."""
+"""What a training run writes beside its checkpoints, and whose directory it is.
+
+``run.json`` and ``statistics.npz`` before the first step; one line per validation in
+``metrics.jsonl`` and per bad batch in ``nonfinite.jsonl``.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from orbq import __version__
+from orbq.config import Config
+from orbq.data import TrainingData
 from orbq.errors import InputError
+from orbq.models.heads import n_parameters
+from orbq.models.potential import Potential
+from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
-from orbq.preprocess.store import Dataset
-from orbq.run import METRICS, read_description
+from orbq.preprocess.store import Dataset, write_atomically
+from orbq.run import (
+    METRICS,
+    RUN_FILE,
+    STATISTICS_FILE,
+    read_description,
+    save_description,
+    smallest_graph,
+    stored_config,
+)
 
 NONFINITE = "nonfinite.jsonl"
+_BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
 _RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
 
 
@@ -38,7 +59,7 @@ def truncate(directory: Path, stages: Sequence[str], stage: int, step: int) -> N
                 continue
             if place <= (stage, step):
                 kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(path, "".join(kept))
 
 
 def structures_of(pool: Pool, items: np.ndarray) -> list[dict[str, Any]]:
@@ -66,3 +87,77 @@ def check_same_data(directory: Path, datasets: Sequence[Dataset]) -> None:
                     f"{dataset.path} has changed since {directory} was begun ({name} is another): "
                     "bring the data set back, or start anew with --overwrite"
                 )
+
+
+# --------------------------------------------------------------------------- the run directory
+
+
+def claim(directory: Path, config: Config, overwrite: bool) -> bool:
+    """Make sure that ``directory`` is free, or holds this very run; whether it does.
+
+    Raises InputError when something else is in it.
+    """
+    held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
+    if overwrite and held:
+        if RUN_FILE not in held:
+            raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
+        old = directory.with_name(f"{directory.name}.deleted")  # out of the way in one step
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        shutil.rmtree(old)
+        held = set()
+    elif held:
+        if RUN_FILE not in held:
+            raise InputError(f"{directory} is not empty and holds no run: choose another directory")
+        if differences := _differences(stored_config(directory), config):
+            raise InputError(
+                f"{directory} holds a run of another configuration ({'; '.join(differences)}): "
+                "choose another run.directory, or start anew with --overwrite (which deletes it)"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    return bool(held)
+
+
+def _differences(before: Config, now: Config) -> list[str]:
+    """The keys of training in which two configurations differ."""
+    ignored = {"run", "ablation"}
+    a, b = (_flat(config.model_dump(mode="json", exclude=ignored)) for config in (before, now))
+    different = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+    return [f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in different]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``section.key`` -> value."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def facts_of(
+    directory: Path, data: TrainingData, potential: Potential, packer: Packer
+) -> dict[str, Any]:
+    """What is known of a run before its first step. packer: of what its main stage trains on."""
+    template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(np.float32))
+    scales = data.spec.scales.items()
+    return {
+        "orbq_version": __version__,
+        "directory": str(directory),
+        "structures": {name: len(pool) for name, pool in data.pools.items()},
+        "labels": {name: n for name, n in data.labels.items() if n},
+        "n_parameters": n_parameters(template),
+        "budget": data.budget._asdict(),
+        "fill": {k: round(v, 4) for k, v in packer.fill(0)._asdict().items()},
+        "scales": {n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in scales},
+        "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
+    }
+
+
+def describe(directory: Path, config: Config, data: TrainingData, facts: dict[str, Any]) -> None:
+    """Write run.json and the statistics of a new run; check those of one that is gone on with."""
+    if (directory / RUN_FILE).exists():
+        check_same_data(directory, data.datasets)
+        return
+    save_description(directory, config, data.architecture, data.constants, data.references, facts)

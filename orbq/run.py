@@ -253,7 +253,7 @@ def load(path: str | Path) -> Run:
             'jax.config.update("jax_enable_x64", True) before loading it',
             stacklevel=2,
         )
-    template = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(dtype))
+    template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(dtype))
     params, _ = checkpoint.restore(best, {"params": template})
     return Run(potential, params["params"], config, references, info)
 
@@ -288,7 +288,7 @@ def _statistics(path: Path) -> dict[str, Statistics]:
         return {n: Statistics(arrays[f"{n}/mean"], arrays[f"{n}/scale"]) for n in names}
 
 
-def _smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:
+def smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:
     """One atom with one edge: enough to know the parameters' shapes."""
     zero = jnp.zeros(1, jnp.int32)
     graph = jraph.GraphsTuple(

@@ -13,7 +13,7 @@ from orbq.config import Config
 from orbq.errors import InputError
 
 if TYPE_CHECKING:
-    from orbq.fit import Reporter, Speed
+    from orbq.reporter import Reporter, Speed
 
 PROJECT = "orbq"
 

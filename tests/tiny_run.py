@@ -17,7 +17,7 @@ from orbq.models.potential import Constants, make_potential
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.frames import find_sources, read_frames
 from orbq.preprocess.references import References
-from orbq.run import CHECKPOINTS, Run, _smallest_graph, save_description
+from orbq.run import CHECKPOINTS, Run, save_description, smallest_graph
 from orbq.targets import TARGETS, Statistics
 
 MODEL: dict[str, Any] = {
@@ -49,7 +49,7 @@ def random_run(
     }
     constants = Constants(tuple(elements), 0.1, 8.0, statistics)
     potential = make_potential(architecture_of(config), constants)
-    shapes = jax.eval_shape(potential.init, jax.random.key(0), *_smallest_graph(np.float32))
+    shapes = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(np.float32))
     params = jax.tree.map(lambda leaf: _random(rng, leaf), shapes)
     element = np.zeros(MAX_Z + 1)
     element[list(elements)] = -10.0 * np.array(elements)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from orbq.fit import Speed
+    from orbq.reporter import Speed
 
 INTERRUPTED = "The checkpoints are kept; run the same command again to go on."
 

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from orbq import __version__
+from orbq.compiled import configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, prepare, to_batch
 from orbq.errors import InputError
-from orbq.fit import configure_jax
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.store import write_atomically
