@@ -169,6 +169,7 @@ class Training(Section):
     checkpoint_every: Count = 500
     patience: CountOrZero = 0
     precision: Literal["float32", "float64"] = "float32"
+    activations: Literal["full", "bfloat16"] = "full"
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     compilation_cache: bool = True
     log_gradients: bool = False

@@ -41,6 +41,14 @@ def _schedule_rule(config: Config) -> list[Problem]:
     return [Problem("training.warmup_steps", text, ("training.n_steps",))]
 
 
+def _precision_rule(config: Config) -> list[Problem]:
+    training = config.training
+    if training.precision == "float32" or training.activations == "full":
+        return []
+    text = f"is {training.activations!r}, which needs training.precision = 'float32'"
+    return [Problem("training.activations", text, ("training.precision",))]
+
+
 def _unlabelled_rule(config: Config) -> list[Problem]:
     training, named = config.training, bool(config.data.unlabelled)
     keys = ("data.unlabelled", "training.pretrain_steps", "training.unlabelled_share")
@@ -127,6 +135,7 @@ RULES: tuple[Callable[[Config], list[Problem]], ...] = (
     _split_rule,
     _references_rule,
     _schedule_rule,
+    _precision_rule,
     _unlabelled_rule,
     _weights_rule,
     _head_rule,

@@ -100,6 +100,7 @@ def architecture_of(config: Config) -> Architecture:
         embed_charge=model.embed_charge,
         embed_spin=model.embed_spin,
         heads=tuple(heads),
+        activations=config.training.activations,
     )
 
 

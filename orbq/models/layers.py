@@ -20,13 +20,15 @@ from orbq.models.tensor_product import edge_tensor_product, paths
 
 MODULATION = 0.1  # variance of what modulates by a factor 1 + x
 SPECIES = ("shells", "free")
+ACTIVATIONS = ("full", "bfloat16")
 
 
 class Geometry(NamedTuple):
     """What the layers need of the edges.
 
     harmonics [E, (lmax+1)^2], component normalisation; radial [E, R], zero beyond the cutoff;
-    attributes [N, A], what is known of each atom's element; senders, receivers [E].
+    attributes [N, A], what is known of each atom's element, in the type of the activations;
+    senders, receivers [E].
     """
 
     harmonics: Array
@@ -43,7 +45,8 @@ class Settings(NamedTuple):
     lmax: highest degree of features and harmonics; lmax_hidden: of the node features between the
     layers of a backbone that builds its degrees in each layer anew. n_radial: basis functions;
     radial_hidden: widths of the radial network. avg_num_neighbors: mean neighbours within the
-    cutoff, the scale of messages.
+    cutoff, the scale of messages. activations: type of the layers' features and matrix products,
+    one of ACTIVATIONS ("full": that of the positions).
     """
 
     elements: tuple[int, ...]
@@ -56,6 +59,7 @@ class Settings(NamedTuple):
     n_radial: int = 8
     radial_hidden: tuple[int, ...] = (32,)
     avg_num_neighbors: float = 10.0
+    activations: str = "full"
 
 
 class Features(NamedTuple):
@@ -137,8 +141,8 @@ class RadialWeights(nn.Module):
 
     @nn.compact
     def __call__(self, geometry: Geometry) -> Float[Array, "E P C"]:
-        h = geometry.radial
-        dtype = h.dtype
+        dtype = geometry.attributes.dtype
+        h = geometry.radial.astype(dtype)
         for n, width in enumerate(self.hidden):
             weight = self.param(f"w{n}", normal(1.0), (h.shape[1], width))
             h = h @ (weight.astype(dtype) / h.shape[1] ** 0.5)
@@ -173,8 +177,9 @@ class Interaction(nn.Module):
         neighbors = self.settings.avg_num_neighbors
         scale = [(sum(p.l3 == l for p in table) * neighbors) ** -0.5 for l in degrees]
         factor = jnp.array([scale[l] for l in degrees for _ in range(2 * l + 1)])
-        summed = jax.ops.segment_sum(messages, geometry.receivers, n, indices_are_sorted=True)
-        return summed * factor.astype(features.dtype)[:, None]
+        wide = messages.astype(jnp.promote_types(messages.dtype, jnp.float32))
+        summed = jax.ops.segment_sum(wide, geometry.receivers, n, indices_are_sorted=True)
+        return (summed * factor.astype(wide.dtype)[:, None]).astype(features.dtype)
 
 
 def environment(
@@ -190,7 +195,8 @@ def environment(
     To be called in a module's compact method, which then owns the parameters. vectors: receiver
     minus sender, Å. condition: per-atom inputs beside the species.
     """
-    dtype, elements = vectors.dtype, settings.elements
+    full, elements = vectors.dtype, settings.elements
+    dtype = full if settings.activations == "full" else jnp.dtype(settings.activations)
     attributes = SpeciesAttributes(elements, settings.species, name="species")(species, dtype)
     embedding = dense(settings.n_channels, "embedding", dtype, bias=False)(attributes)
     shift = dense(settings.n_channels, "condition", dtype, bias=False)(condition)
@@ -202,7 +208,7 @@ def environment(
     envelope = polynomial_cutoff(distance, settings.cutoff)
     radial = bessel_basis(distance, settings.cutoff, settings.n_radial)
     if settings.species == "shells":
-        radius = jnp.asarray(COVALENT_RADIUS[list(elements)], dtype)[species]
+        radius = jnp.asarray(COVALENT_RADIUS[list(elements)], full)[species]
         bonds = bond_basis(distance, radius[senders] + radius[receivers])
         radial = jnp.concatenate([radial, bonds], axis=1)
     geometry = Geometry(harmonics, radial * envelope[:, None], attributes, senders, receivers)

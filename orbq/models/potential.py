@@ -59,7 +59,8 @@ class Architecture(NamedTuple):
 
     species: what the network knows of the elements, layers.SPECIES. heads: target ->
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
-    share one second energy readout).
+    share one second energy readout). activations: type of the layers' features, layers.ACTIVATIONS;
+    geometry, readouts, heads and sums keep the positions' type.
     """
 
     backbone: str = "nequip"
@@ -75,6 +76,7 @@ class Architecture(NamedTuple):
     embed_charge: bool = True
     embed_spin: bool = True
     heads: tuple[tuple[str, str], ...] = ()
+    activations: str = "full"
 
 
 class Potential(NamedTuple):
@@ -142,9 +144,14 @@ class _Network(nn.Module):
                 n_radial=arch.n_radial,
                 radial_hidden=arch.radial_hidden,
                 avg_num_neighbors=const.avg_num_neighbors,
+                activations=arch.activations,
             ),
             name="backbone",
         )(vectors, species, graph.senders, graph.receivers, state[structure])
+        features = features._replace(
+            scalars=tuple(s.astype(dtype) for s in features.scalars),
+            equivariant=features.equivariant.astype(dtype),
+        )
 
         def readout(name: str) -> Array:
             per_atom = EnergyReadout(arch.readout_hidden, name=name)(features.scalars)

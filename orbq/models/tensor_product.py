@@ -127,11 +127,22 @@ def _add(values: Iterable[Array]) -> Any:
 
 
 def _form(
-    *args: Array, table: tuple[Term, ...], open_slot: str, sizes: tuple[int, ...], shared: bool
+    *args: Array,
+    table: tuple[Term, ...],
+    open_slot: str,
+    sizes: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    shared: bool,
 ) -> Array:
-    """F with ``open_slot`` left open; ``args`` fill the other slots in the order x, y, w, g."""
+    """F with ``open_slot`` left open; ``args`` fill the other slots in the order x, y, w, g.
+
+    sizes, dtypes: of each slot. Computed in float32 at least.
+    """
+    dtype = dtypes[SLOTS.index(open_slot)]
     # barriers keep XLA from fusing gathers and other forms into this one (measured: 2 to 3 times)
     args = jax.lax.optimization_barrier(args)
+    wide = jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+    args = [a.astype(wide) for a in args]
     given = dict(zip([s for s in SLOTS if s != open_slot], args, strict=True))
     lists = {
         s: [a[:, n, None] if a.ndim == 2 else a[:, n] for n in range(a.shape[1])]
@@ -148,10 +159,11 @@ def _form(
     add = _one_by_one if shared else _by_coefficient
     out = _sum_by(rows, lists[last], sizes[SLOTS.index(open_slot)], add)
     if open_slot != "y" or not shared:
-        return jax.lax.optimization_barrier(jnp.stack(out, axis=1))
+        return jax.lax.optimization_barrier(jnp.stack(out, axis=1).astype(dtype))
     out = jax.lax.optimization_barrier(out)
     ones = jnp.ones((out[0].shape[-1],), out[0].dtype)
-    return jnp.stack([jnp.dot(h, ones, precision=jax.lax.Precision.HIGHEST) for h in out], axis=1)
+    sums = [jnp.dot(h, ones, precision=jax.lax.Precision.HIGHEST) for h in out]
+    return jnp.stack(sums, axis=1).astype(dtype)
 
 
 form_p = Primitive("orbq_edge_form")
@@ -162,13 +174,12 @@ def _bind(open_slot: str, slots: dict[str, Array], params: dict[str, Any]) -> Ar
     return form_p.bind(*args, **{**params, "open_slot": open_slot})
 
 
-def _abstract(
-    *args: Any, table: tuple[Term, ...], open_slot: str, sizes: tuple[int, ...], shared: bool
-) -> jax.core.ShapedArray:
+def _abstract(*args: Any, **params: Any) -> jax.core.ShapedArray:
     edges, channels = args[0].shape[0], args[-1].shape[-1]  # the last is w or g
-    n = sizes[SLOTS.index(open_slot)]
+    open_slot, shared = params["open_slot"], params["shared"]
+    n, dtype = (params[name][SLOTS.index(open_slot)] for name in ("sizes", "dtypes"))
     shape = (edges, n) if open_slot == "y" and shared else (edges, n, channels)
-    return jax.core.ShapedArray(shape, args[0].dtype)
+    return jax.core.ShapedArray(shape, jnp.dtype(dtype))
 
 
 def _jvp_rule(position: int) -> Callable[..., Array]:
@@ -202,7 +213,8 @@ def _batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> 
     return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-form_p.def_impl(jax.jit(_form, static_argnames=("table", "open_slot", "sizes", "shared")))
+_STATIC = ("table", "open_slot", "sizes", "dtypes", "shared")
+form_p.def_impl(jax.jit(_form, static_argnames=_STATIC))
 form_p.def_abstract_eval(_abstract)
 ad.defjvp(form_p, *(_jvp_rule(n) for n in range(3)))
 ad.primitive_transposes[form_p] = _transpose
@@ -235,8 +247,10 @@ def form(
 ) -> Float[Array, "N K C"]:
     """out[n, k, c] = sum over ``table`` of value * x[n, i, c] * y[n, j, c] * w[n, p, c].
 
-    y without channels is shared by all of them. Differentiable to any order.
+    y without channels is shared by all of them. The result has the type of x; what is multiplied
+    and summed is float32 at least. Differentiable to any order.
     """
     sizes = (x.shape[1], y.shape[1], w.shape[1], n_out)
-    shared = y.ndim == 2
-    return form_p.bind(x, y, w, table=table, open_slot="g", sizes=sizes, shared=shared)
+    dtypes = tuple(str(a.dtype) for a in (x, y, w, x))
+    kind = {"table": table, "sizes": sizes, "dtypes": dtypes, "shared": y.ndim == 2}
+    return form_p.bind(x, y, w, open_slot="g", **kind)
