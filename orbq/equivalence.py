@@ -141,6 +141,7 @@ def factor_text(estimate: Estimate) -> str:
             return f"< {estimate.limit[0]:.2g}"
         return f"> {estimate.limit[1]:.2g}" if np.isinf(value) else f"{value:.2g}"
 
-    if np.isnan(estimate.low):
+    outside = estimate.low == estimate.value == estimate.high and estimate.value in (0.0, np.inf)
+    if np.isnan(estimate.low) or outside:
         return one(estimate.value)
     return f"{one(estimate.value)} ({one(estimate.low)} to {one(estimate.high)})"

@@ -26,7 +26,7 @@ def test_factor_of_power_laws_is_exact() -> None:
     found = data_equivalence(SIZES, baseline, other, n_samples=20)
     assert [f.value for f in found[:3]] == pytest.approx([3.0] * 3)
     assert [f.value for f in found[3:]] == [np.inf, np.inf]
-    assert [factor_text(f) for f in found[3:]] == ["> 2 (> 2 to > 2)", "> 1 (> 1 to > 1)"]
+    assert [factor_text(f) for f in found[3:]] == ["> 2", "> 1"]
     gain = reduction(baseline[0], other[0], n_samples=20)
     assert gain.value == pytest.approx(1 - 3**-0.6)
 
@@ -36,7 +36,7 @@ def test_an_arm_against_itself_needs_as_much_data() -> None:
     assert [f.value for f in data_equivalence(SIZES, arms, arms, 10)] == pytest.approx([1.0] * 5)
     worse = [arm(2 * power(n)) for n in SIZES]
     first = data_equivalence(SIZES, arms, worse, 10)[0]
-    assert (first.value, factor_text(first)) == (0.0, "< 1 (< 1 to < 1)")
+    assert (first.value, factor_text(first)) == (0.0, "< 1")
 
 
 def test_interval_holds_the_true_factor_and_widens_with_the_noise() -> None:

@@ -11,9 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from orbq.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
 
+    from orbq.config import Config
     from orbq.study.plan import Program
 
 INTERRUPTED = "Finished programs and checkpoints are kept; run the same command again to go on."
@@ -30,22 +33,27 @@ def ablate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the ablation in the same directory.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is finished; train nothing.")
+    ] = False,
 ) -> None:
     """Train over charge weights, seeds, train sizes and targets; report what the charges bring.
 
-    Runs that differ only in weight, seed or learning rate train as one vmapped program. Writes
-    results.jsonl and results.csv to run.directory. The same command goes on
-    where it was stopped.
+    Runs that differ only in weight, seed or learning rate train as one vmapped program. Writes to
+    run.directory, after every finished program: report.html (a page to look at), its pictures,
+    summary.csv and results.csv; results.jsonl has every run. The same command goes on where it was
+    stopped.
 
     \b
     Examples:
       orbq ablate configs/ablate_charge.toml --plan
       orbq ablate configs/ablate_charge.toml
+      orbq ablate configs/ablate_charge.toml --report   # while it runs, or of a stopped one
       orbq ablate mine.toml ablation.targets='["onsite"]' run.directory=runs/onsite
     """
+    from orbq.compiled import configure_jax
     from orbq.config import load_config
-    from orbq.fit import configure_jax
-    from orbq.study.report import write_report
+    from orbq.study.report import recorded_config, write_report
     from orbq.study.run import pending_programs, read_results, run_ablation
 
     settings = load_config(config, overrides or [])
@@ -56,10 +64,15 @@ def ablate(
         done = read_results(directory)
         show_plan(pending_programs(settings, done), len(done), console)
         return
-    with Display(console) as display:
+    if report:
+        if overwrite:
+            raise InputError("--report reads the records that --overwrite deletes: leave one out")
+        recorded = recorded_config(directory)
+        console.print(Text(write_report(directory, read_results(directory), recorded)))
+        return
+    with Display(console, settings) as display:
         records = run_ablation(settings, overwrite=overwrite, reporter=display)
-    summary = write_report(directory, records)
-    console.print(Text(summary))
+    console.print(Text(write_report(directory, records, settings)))
 
 
 def show_plan(programs: list[Program], n_done: int, console: Console) -> None:
@@ -90,10 +103,11 @@ def n_steps(program: Program) -> int:
 
 
 class Display:
-    """The terminal: one bar for the program at work and one for everything, with the time left."""
+    """The terminal: one bar for the program at work and one for everything, with the time left; and
+    the report, written anew after every program. config: the ablation's."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, config: Config) -> None:
+        self.console, self.config = console, config
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -141,13 +155,26 @@ class Display:
         self.progress.update(self.own, description=f"{program.name} (validation {text})")
 
     def finished(self, program: Program, records: list[dict[str, Any]]) -> None:
-        """One line per finished program."""
+        """One line per finished program, and the report of everything so far."""
         self.before += n_steps(program) * len(program.runs)
         errors = [record["test"]["energy_mae_meV"] for record in records]
         self.console.print(
             f"{program.name}: {len(records)} runs in {records[0]['program_seconds']:.0f} s, "
             f"test energy MAE {min(errors):.1f} to {max(errors):.1f} meV"
         )
+        self.report()
+
+    def report(self) -> None:
+        """Write the report; what hinders it is told, and must not end the training."""
+        from orbq.study.report import write_report
+        from orbq.study.run import read_results
+
+        directory = Path(self.config.run.directory)
+        try:
+            write_report(directory, read_results(directory), self.config)
+        except Exception as error:  # at the end it is written again, and its failure is one then
+            text = f"the report could not be written yet ({type(error).__name__}: {error})"
+            self.console.print(Text(text, "yellow"))
 
 
 def _clock(seconds: float) -> str:
