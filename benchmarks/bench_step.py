@@ -113,6 +113,7 @@ def measure(setting: str, head: bool) -> dict[str, Any]:
     from orbq.losses import LossSpec
     from orbq.models.heads import n_parameters
     from orbq.models.potential import Architecture, Constants, make_potential, predict
+    from orbq.orbitals import MAX_Z
     from orbq.targets import TARGETS, Statistics
     from orbq.train import Hyper, make_init, make_train_step
 
@@ -121,7 +122,7 @@ def measure(setting: str, head: bool) -> dict[str, Any]:
     import bench_common as common
 
     targets = ("onsite",) if head else ()
-    shape = TARGETS["onsite"].element_mask.shape
+    shape = (MAX_Z + 1, TARGETS["onsite"].k)
     stats = {name: Statistics(np.zeros(shape), np.ones(shape)) for name in targets}
     architecture = Architecture(
         **WIDTH, **SETTINGS[setting], heads=tuple((name, "equivariant") for name in targets)
