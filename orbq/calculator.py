@@ -1,11 +1,11 @@
-"""A trained run as an ASE calculator: energy, forces, stress, atomic charges.
+"""A trained run as an ASE calculator: energy, forces, stress, atomic charges, dipole moment.
 
     atoms.calc = orbq.Calculator("runs/demo")
     atoms.get_potential_energy(), atoms.get_forces()
 
 Made for dynamics: neighbours are kept with a skin and searched anew only when an atom has moved by
 half of it, and the arrays are padded to a capacity that grows by steps, so that a trajectory
-runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e.
+runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e, e Å.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
 IMPLEMENTED = ("energy", "free_energy", "forces", "stress")
+FROM_CHARGES = ("charges", "dipole")
 DTYPES = ("float32", "float64")
-_STEPS = 8  # capacities per doubling: at most 1/8 of an array is padding
-_HEADROOM = 1.05  # edges come and go in dynamics by a few per cent
+_STEPS = 16  # capacities per doubling: rounding up pads an array by at most 1/16
+# edges come and go in dynamics: by a few per cent in a molecule, in a large structure by chance
+_HEADROOM, _DEVIATIONS = 0.05, 4
 
 
 class Calculator(AseCalculator):
@@ -50,13 +52,15 @@ class Calculator(AseCalculator):
 
     The total charge and the spin multiplicity are read from ``atoms.info`` (``charge``,
     ``spin_multiplicity``) as ``Run.structure`` does; a change of them is noticed. Charges are
-    computed only when asked for, the stress from the first time it is asked for on.
+    computed only when asked for, the stress from the first time it is asked for on. The dipole
+    moment is that of the atomic charges as points, about the centre of mass (which matters only
+    for an ion), of structures that are not periodic.
 
     Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
     target that the run lacks.
     """
 
-    implemented_properties = [*IMPLEMENTED, "charges"]  # noqa: RUF012 (ASE's own form)
+    implemented_properties = [*IMPLEMENTED, *FROM_CHARGES]  # noqa: RUF012 (ASE's own form)
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
     name = "orbq"
 
@@ -79,7 +83,7 @@ class Calculator(AseCalculator):
         self._with_stress = False
         self._compiled: dict[str, Callable[..., Any]] = {}
         with self._precision():
-            self._params = jax.tree.map(lambda p: jnp.asarray(p, self.dtype), self.run.params)
+            self.params = jax.tree.map(lambda p: jnp.asarray(p, self.dtype), self.run.params)
 
     # ------------------------------------------------------------------ what ASE calls
 
@@ -99,13 +103,19 @@ class Calculator(AseCalculator):
         """Compute ``properties`` of ``atoms`` into ``results``.
 
         Raises InputError for a structure that the run cannot take, PropertyNotImplementedError for
-        charges without a charge target or the stress of a structure that is not a crystal.
+        charges without a charge target, the stress of a structure that is not a crystal, or the
+        dipole moment of a periodic one.
         """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None  # super() has set it
         structure = self.run.structure(self.atoms)
         wanted = set(properties)
-        if "charges" in wanted:
+        if "dipole" in wanted and structure.pbc.any():
+            raise PropertyNotImplementedError(
+                "the dipole moment of a periodic structure depends on where its cell is cut: set "
+                "atoms.pbc = False if it is a molecule"
+            )
+        if wanted & set(FROM_CHARGES):
             self._charges(structure)
         crystal = bool(structure.pbc.all())
         if "stress" in wanted and not crystal:
@@ -113,7 +123,7 @@ class Calculator(AseCalculator):
                 f"stress needs a structure that is periodic in all directions, pbc is "
                 f"{structure.pbc.tolist()}"
             )
-        if wanted - {"charges"}:
+        if wanted - set(FROM_CHARGES):
             self._with_stress = crystal and (self._with_stress or "stress" in wanted)
             self._energy(structure)
 
@@ -139,18 +149,26 @@ class Calculator(AseCalculator):
                 f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
             )
         values = np.asarray(self._call("charges", structure), np.float64)
-        charges = atomic_charges(self.charge_target, values)
-        self.results["charges"] = charges[: len(structure.numbers)]
+        charges = atomic_charges(self.charge_target, values)[: len(structure.numbers)]
+        self.results["charges"] = charges
+        if not structure.pbc.any():
+            assert self.atoms is not None  # set by ``calculate``
+            centre = self.atoms.get_center_of_mass()
+            self.results["dipole"] = charges @ (structure.positions - centre)
 
     def _call(self, name: str, structure: Structure) -> Any:
         edges = self.neighbors.of(structure)
         self._capacity = self._capacity.holding(len(structure.numbers), len(edges.senders))
         cutoff = self.run.potential.architecture.cutoff
-        inputs = _padded(structure, edges, self._capacity, cutoff, self.dtype)
+        inputs = padded(structure, edges, self._capacity, cutoff, self.dtype)
         with self._precision():
-            if name not in self._compiled:
-                self._compiled[name] = self._compile(name)
-            return jax.device_get(self._compiled[name](self._params, *inputs))
+            return jax.device_get(self.program(name)(self.params, *inputs))
+
+    def program(self, name: str) -> Callable[..., Any]:
+        """The compiled ``(params, *padded(...)) -> arrays`` of "forces", "stress" or "charges"."""
+        if name not in self._compiled:
+            self._compiled[name] = self._compile(name)
+        return self._compiled[name]
 
     def _compile(self, name: str) -> Callable[..., Any]:
         potential, target = self.run.potential, self.charge_target or ""
@@ -246,18 +264,19 @@ class Capacity(NamedTuple):
         if fits and n_edges < self.n_edge <= 2 * (n_edges + 64):
             return self
         n_node = self.n_node if fits else _rounded_up(n_atoms + 1)
-        return Capacity(n_node, _rounded_up(int(n_edges * _HEADROOM) + 16))
+        spare = min(_HEADROOM * n_edges, _DEVIATIONS * n_edges**0.5)
+        return Capacity(n_node, _rounded_up(int(n_edges + spare) + 16))
 
 
 def _rounded_up(n: int) -> int:
-    """The next of 8, 9, ..., 16, 18, 20, ..., 32, 36, ...: eight sizes per doubling."""
+    """The next of 8, 9, ..., 32, 34, 36, ..., 64, 68, ...: sixteen sizes per doubling."""
     step = 1
     while n > 2 * _STEPS * step:
         step *= 2
-    return max(_STEPS, -(-n // step) * step)
+    return max(8, -(-n // step) * step)
 
 
-def _padded(
+def padded(
     structure: Structure, edges: NeighborList, capacity: Capacity, cutoff: float, dtype: np.dtype
 ) -> tuple[np.ndarray, jraph.GraphsTuple, np.ndarray]:
     """Positions, graph and cell of one structure, padded as ``preprocess.pack`` pads."""

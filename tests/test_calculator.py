@@ -12,7 +12,7 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from tiny_run import random_run
 
-from orbq.calculator import Calculator, SkinNeighbors, _rounded_up
+from orbq.calculator import Calculator, Capacity, SkinNeighbors, _rounded_up
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.schema import Structure
@@ -150,13 +150,36 @@ def test_charges_only_when_asked_for(run):
     assert "energy" in atoms.calc.results  # kept beside them
 
 
+@pytest.mark.parametrize("charge", [0, 1])
+def test_dipole_of_the_atomic_charges(calculator, charge):
+    atoms = ethanol()
+    atoms.info["charge"] = charge
+    atoms.calc = calculator
+    charges = atoms.get_charges()
+    centre = np.average(atoms.positions, axis=0, weights=atoms.get_masses())
+    expected = sum(q * (x - centre) for q, x in zip(charges, atoms.positions, strict=True))
+    assert np.linalg.norm(expected) > 1e-3
+    np.testing.assert_allclose(atoms.get_dipole_moment(), expected, atol=1e-12)
+    atoms.positions += 7.0  # of no consequence, for an ion too
+    np.testing.assert_allclose(atoms.get_dipole_moment(), expected, atol=1e-8)
+
+
+def test_no_dipole_of_a_periodic_structure(calculator):
+    atoms = crystal()
+    atoms.calc = calculator
+    assert atoms.get_charges().shape == (8,)
+    with pytest.raises(PropertyNotImplementedError, match="pbc = False"):
+        atoms.get_dipole_moment()
+
+
 def test_what_the_run_lacks_is_not_implemented():
     plain = Calculator(random_run(targets=()))
     atoms = ethanol()
     atoms.calc = plain
-    assert "charges" not in plain.implemented_properties
-    with pytest.raises(PropertyNotImplementedError):
-        atoms.get_charges()
+    assert not {"charges", "dipole", "magmoms"} & set(plain.implemented_properties)
+    for absent in (atoms.get_charges, atoms.get_dipole_moment, atoms.get_magnetic_moments):
+        with pytest.raises(PropertyNotImplementedError):
+            absent()
     with pytest.raises(PropertyNotImplementedError, match="periodic"):
         atoms.get_stress()
 
@@ -201,9 +224,16 @@ def test_skin_changes_nothing(cell):
 
 def test_sizes_grow_by_steps():
     sizes = {_rounded_up(n) for n in range(1, 1025)}
-    assert len(sizes) <= 8 * 8
+    assert len(sizes) <= 8 * 16
     for n in range(1, 1025):
-        assert n <= _rounded_up(n) <= max(8, n * 9 / 8 + 1)
+        assert n <= _rounded_up(n) <= max(8, n * 17 / 16 + 1)
+
+
+def test_a_large_structure_is_hardly_padded():
+    """1,000 atoms with 30 neighbours: the calculator may cost 1.3 times the bare program."""
+    capacity = Capacity(0, 0).holding(1000, 30_000)
+    assert capacity.n_edge < 1.07 * 30_000 and capacity.n_node < 1.07 * 1000
+    assert capacity.holding(1000, 30_600) is capacity
 
 
 def energy_spread(calculator: Calculator, atoms: ase.Atoms, step: float, n_steps: int) -> float:
