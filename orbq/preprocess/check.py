@@ -16,12 +16,15 @@ from orbq.schema import Structure
 # Molecules, 1979). At 0.4 Å its energy lies above that of two free atoms, so that neither thermal
 # nor rattled structures come near; atoms closer than this are copies or errors of unit.
 MIN_DISTANCE = 0.4  # Å
-MAX_GROUP_BYTES = 64
+MIN_HEIGHT = 0.4  # Å between opposite faces of a cell: below, it is flat, or not reduced
+# a cube of 1000 Å, more than any calculation of a million atoms fills; neighbours are looked for in
+# boxes as wide as the cutoff, whose number this bounds
+MAX_VOLUME = 1e9  # Å^3
 
 
 def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
     """The reason why ``structure`` cannot be used, with the value and the limit; None if it can."""
-    for test in (_lengths, _elements, _finite, _cell, _overlap):
+    for test in (_lengths, _elements, _finite, _cell, _extent, _overlap):
         if reason := test(structure):
             return reason
     return _electrons(structure, method)
@@ -72,9 +75,31 @@ def _cell(s: Structure) -> str | None:
     if not s.pbc.all():
         flags = " ".join("T" if p else "F" for p in s.pbc)
         return f"partial periodicity (pbc {flags}): all three directions or none"
+    longest = float(np.abs(s.cell).max())
+    if longest > MAX_VOLUME:
+        return f"the cell has a vector of {longest:.3g} Å"
     volume = abs(float(np.linalg.det(s.cell)))
     if volume < 1e-3:
         return f"periodic, but the cell has volume {volume:.3g} Å^3"
+    if volume > MAX_VOLUME:
+        return f"the cell has volume {volume:.3g} Å^3: at most {MAX_VOLUME:g} Å^3"
+    if (height := float(heights(s.cell).min())) < MIN_HEIGHT:
+        return (
+            f"the cell is {height:.3g} Å thin, at least {MIN_HEIGHT} Å needed: if its vectors are "
+            "only badly chosen, reduce it (ase.build.niggli_reduce)"
+        )
+    return None
+
+
+def _extent(s: Structure) -> str | None:
+    with np.errstate(over="ignore"):
+        reach = np.abs(s.positions).max()
+        volume = float(np.prod(np.ptp(s.positions, axis=0) + 1.0))
+    if reach > MAX_VOLUME or (volume > MAX_VOLUME and not s.pbc.any()):
+        return (
+            f"the atoms lie in a box of {volume:.3g} Å^3, up to {reach:.3g} Å from the origin: at "
+            f"most {MAX_VOLUME:g} Å^3; are the positions in Å?"
+        )
     return None
 
 

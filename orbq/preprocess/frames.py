@@ -2,27 +2,29 @@
 
 (ext)xyz text is split here, because a frame whose atom count is wrong must not take its neighbours
 with it, and because seeking in compressed files, as ASE does, is a hundred times slower. Every
-other format goes through ``ase.io.iread``.
+other format goes through ``ase.io.iread``. Nothing a file says is believed before it is seen: not
+the number of atoms, not the shape of an array.
 """
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
 import hashlib
 import io
-import lzma
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from orbq.errors import InputError
-from orbq.preprocess import tmqm
+from orbq.preprocess import ase_formats, tmqm
+from orbq.preprocess.text import DAMAGED, OPENERS, open_text, read_line
 
 EMBEDDED = ("tmc", "tmc_unlabelled")
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+MAX_ATOMS = 1_000_000  # of one structure
+MAX_FRAME = 1 << 28  # characters of one structure
+MAX_COLUMNS = 1_000  # of one atom; Hessians and the like are no property of one atom
+_COUNT_DIGITS = 18
 
 
 class Source(NamedTuple):
@@ -116,7 +118,7 @@ def read_frames(source: Source) -> Iterator[Frame]:
     Raises InputError when the file as a whole is at fault: unreadable, truncated, no frames.
     """
     suffixes = [s.lower() for s in source.path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
+    packed = suffixes.pop() if suffixes and suffixes[-1] in OPENERS else ""
     frames = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", _read_any)
     reached, readable, reason = 0, 0, ""
     try:
@@ -126,9 +128,9 @@ def read_frames(source: Source) -> Iterator[Frame]:
             yield frame
     except InputError:
         raise
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except DAMAGED as error:
         raise InputError(
-            f"{source.name}: truncated or corrupt after frame {reached}: {error}; "
+            f"{source.name}: truncated or corrupt after frame {reached}: {_brief(error)}; "
             "copy or make the file again"
         ) from error
     if not readable:
@@ -144,8 +146,8 @@ def read_frames(source: Source) -> Iterator[Frame]:
 class _Lines:
     """Lines of a text stream with their number and one line of look-ahead."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
         self.number = 0  # of the line that `peek` shows, counted from 1
         self._next = ""
         self.take()
@@ -154,15 +156,14 @@ class _Lines:
         return self._next
 
     def take(self) -> str:
-        line, self._next = self._next, self._stream.readline()
+        line, self._next = self._next, read_line(self._stream, self._name)
         self.number += 1
         return line
 
 
 def _read_xyz(source: Source, packed: str) -> Iterator[Frame]:
-    opener = _OPENERS.get(packed, open)
-    with opener(source.path, "rt", encoding="utf-8") as stream:
-        lines, index = _Lines(stream), 0
+    with open_text(source.path) as stream:
+        lines, index = _Lines(stream, source.name), 0
         while lines.peek():
             if not lines.peek().strip():
                 lines.take()
@@ -172,7 +173,8 @@ def _read_xyz(source: Source, packed: str) -> Iterator[Frame]:
 
 
 def _is_count(line: str) -> bool:
-    return line.strip().isdigit()
+    text = line.strip()
+    return text.isascii() and text.isdigit() and len(text) <= _COUNT_DIGITS
 
 
 def _xyz_frame(source: Source, lines: _Lines, index: int) -> Frame:
@@ -186,8 +188,14 @@ def _xyz_frame(source: Source, lines: _Lines, index: int) -> Frame:
     text = [lines.take()]
     n = int(text[0])
     text.append(lines.take())  # the comment line
+    size = len(text[1])
     while len(text) < n + 2 and lines.peek() and not _is_count(lines.peek()):
         text.append(lines.take())
+        size += len(text[-1])
+        if len(text) > MAX_ATOMS + 2 or size > MAX_FRAME:
+            _skip_to_count(lines)
+            limit = f"{MAX_ATOMS:,} atoms or {MAX_FRAME:,} characters"
+            return Frame(index, None, f"line {start} promises {n} atoms: {limit} are the most")
     n_found = len(text) - 2
     if n_found < n and not lines.peek():
         raise InputError(
@@ -212,45 +220,35 @@ def _parse_xyz(text: str, index: int) -> Frame:
     from ase.io.extxyz import read_xyz
 
     try:
-        return Frame(index, next(iter(read_xyz(io.StringIO(text), index=slice(0, 1)))))
+        frames = read_xyz(io.StringIO(text), slice(0, 1), properties_parser=_comment)
+        return Frame(index, next(iter(frames)))
     except Exception as error:  # ASE's parser raises many types; the frame is named and skipped
         return Frame(index, None, f"not understood: {_brief(error)}")
+
+
+def _comment(line: str) -> dict[str, Any]:
+    """The values of a comment line. Raises ValueError for more columns than any file has: ASE
+    makes a list of as many as are claimed."""
+    from ase.io.extxyz import key_val_str_to_dict
+
+    values: dict[str, Any] = key_val_str_to_dict(line)
+    claimed = str(values.get("Properties", "")).split(":")[2::3]
+    n_columns = sum(int(n) for n in claimed if _is_count(n))
+    if n_columns > MAX_COLUMNS or any(len(n) > _COUNT_DIGITS for n in claimed):
+        raise ValueError(f"Properties claims {n_columns} columns: {MAX_COLUMNS} are the most")
+    return values
 
 
 # --------------------------------------------------------------------------- other formats
 
 
 def _read_any(source: Source, packed: str) -> Iterator[Frame]:
-    from ase.io import iread
-
-    return _guarded(source, lambda: iread(str(source.path), index=":"))
-
-
-def _read_database(source: Source, packed: str) -> Iterator[Frame]:
-    """Rows of an ASE database, whose key-value pairs ``ase.io`` would drop.
-
-    They are taken from where the row keeps them: ASE answers 0 for a pair named ``charge``.
-    """
-    from ase.db import connect
-
-    def rows() -> Iterator[Any]:
-        for row in connect(str(source.path)).select():
-            atoms = row.toatoms(add_additional_information=True)
-            stored = vars(row)
-            pairs = row.key_value_pairs
-            atoms.info["key_value_pairs"] = {k: stored.get(k, v) for k, v in pairs.items()}
-            yield atoms
-
-    return _guarded(source, rows)
-
-
-def _guarded(source: Source, read: Callable[[], Iterable[Any]]) -> Iterator[Frame]:
     index = 0
     try:
-        for atoms in read():
+        for atoms in ase_formats.read(source.path, bool(packed)):
             yield Frame(index, atoms)
             index += 1
-    except GeneratorExit:
+    except (GeneratorExit, InputError):
         raise
     except Exception as error:  # ASE's parsers raise many types; all mean: this file is at fault
         raise InputError(
@@ -263,4 +261,4 @@ def _brief(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-_BY_SUFFIX = {".xyz": _read_xyz, ".extxyz": _read_xyz, ".db": _read_database}
+_BY_SUFFIX = {".xyz": _read_xyz, ".extxyz": _read_xyz}

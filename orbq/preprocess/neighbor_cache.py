@@ -24,6 +24,7 @@ import numpy as np
 from orbq.errors import OrbqError
 from orbq.preprocess.flat import FlatWriter, release
 from orbq.preprocess.neighbors import cell_list, check_cutoff, molecule_edges
+from orbq.preprocess.store import check_atoms
 from orbq.schema import MANIFEST
 
 CACHE_VERSION = 1
@@ -139,7 +140,7 @@ def _open(place: Path, stamp: dict[str, Any]) -> Neighbors | None:
         meta = json.loads((place / "meta.json").read_text())
         names = ["offsets", "senders", "receivers"] + (["images"] if meta["periodic"] else [])
         arrays = {name: _load(place / f"{name}.npy") for name in names}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     same = all(meta.get(key) == value for key, value in stamp.items())
     n_edges = meta.get("n_edges")
@@ -172,7 +173,9 @@ def _chunks(dataset: DatasetLike, cutoff: float) -> Iterator[_Chunk]:
     while begin < len(dataset):
         end = int(np.searchsorted(offsets, offsets[begin] + _CHUNK_ATOMS, side="right")) - 1
         end = min(max(end, begin + 1), len(dataset))
-        positions = np.asarray(arrays["positions"][offsets[begin] : offsets[end]], np.float64)
+        atoms = slice(offsets[begin], offsets[end])
+        positions = np.asarray(arrays["positions"][atoms], np.float64)
+        check_atoms(dataset.path, np.asarray(arrays["numbers"][atoms]), positions)
         n_atoms = np.diff(offsets[begin : end + 1])
         if pbc[begin:end].any():
             yield _mixed_chunk(positions, n_atoms, cutoff, arrays, slice(begin, end))

@@ -18,9 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.preprocess.check import heights
 from orbq.preprocess.flat import ragged_rows
 
 DENSE_LIMIT = 256  # atoms; the cell list overtakes the distance matrix between 300 and 500
+MIN_HEIGHT = 0.1  # Å of a periodic cell; an atom has cutoff/height images on either side
+MAX_CELLS = 1 << 27  # of a cell list, 8 bytes each
 _DENSE_BLOCK = 1 << 18  # pairs held at once in dense blocks: 2 MB per float64 array, in cache
 
 
@@ -86,6 +89,7 @@ def cell_list(
     low, high = fractional.min(0), fractional.max(0)
     # open directions: a box that holds every atom, so that no atom lies outside the cell list
     box = np.where(pbc, 1.0, high - low + 1.0)[:, None] * full
+    _check_box(box, pbc, cutoff)
     origin = np.where(pbc, 0.0, low) @ full
     i, j, images = neighbour_list(
         "ijS", positions=positions, cell=box, pbc=pbc, cutoff=cutoff, cell_origin=origin
@@ -93,6 +97,22 @@ def cell_list(
     order = np.lexsort((-images[:, 2], -images[:, 1], -images[:, 0], j, i))
     # matscipy: |x[j] - x[i] + S cell|; with receiver i the image changes sign
     return j[order].astype(np.int32), i[order].astype(np.int32), -images[order]
+
+
+def _check_box(box: np.ndarray, pbc: np.ndarray, cutoff: float) -> None:
+    """Refuse a box that would need an absurd number of images, or of cells of a cell list."""
+    height = heights(box)
+    if (height[pbc] < MIN_HEIGHT).any():
+        raise InputError(
+            f"the cell is {height[pbc].min():.3g} Å thin: at least {MIN_HEIGHT} Å needed; reduce it"
+            " (ase.build.niggli_reduce)"
+        )
+    n_cells = float(np.prod(np.maximum(height / cutoff, 1.0)))
+    if not n_cells <= MAX_CELLS:
+        raise InputError(
+            f"the atoms lie in a box of {' x '.join(f'{h:.3g}' for h in height)} Å, {n_cells:.3g} "
+            f"times the cube of the cutoff: at most {MAX_CELLS:.3g}; are the positions in Å?"
+        )
 
 
 # --------------------------------------------------------------------------- many molecules

@@ -7,6 +7,7 @@ A lattice with ``pbc="F F F"`` is a box around a molecule, not a crystal: it is 
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ class Keys(NamedTuple):
 
 
 FIRST_FOUND = Keys()
+MAX_INTEGER = 1_000_000  # of a charge or a multiplicity
 REJECTED, UNLABELLED = "rejected", "labels missing"
 
 
@@ -105,12 +107,11 @@ class Reader:
     ) -> Structure | Failure:
         try:
             values = tmqm.translated(named_values(atoms), tables)
-        except ValueError as error:
-            return Failure(self.sources[source[0]].name, source[1], str(error))
-        self._names_seen |= values.keys()
-        found = {field: self._find(field, values) for field in DEFAULT_NAMES}
-        try:
+            self._names_seen |= values.keys()
+            found = {field: self._find(field, values) for field in DEFAULT_NAMES}
             return _build(atoms, found, source)
+        except InputError:
+            raise
         except ValueError as error:
             return Failure(self.sources[source[0]].name, source[1], str(error))
 
@@ -181,7 +182,7 @@ def _build(atoms: Any, found: Mapping[str, Any], source: tuple[int, int]) -> Str
         forces=_array("forces", found["forces"]),
         stress=_stress(found["stress"]),
         dft_charges=_array("dft_charges", found["dft_charges"]),
-        group="" if found["group"] is None else str(found["group"]),
+        group="" if found["group"] is None else _text(found["group"]),
         source=source,
     )
 
@@ -192,6 +193,8 @@ def _integer(name: str, value: Any, default: int) -> int:
     number = _float(name, value)
     if not np.isfinite(number) or number != round(number):
         raise ValueError(f"{name} is {number:g}: it must be a whole number")
+    if abs(number) > MAX_INTEGER:
+        raise ValueError(f"{name} is {number:g}: beyond {MAX_INTEGER} there is no such molecule")
     return round(number)
 
 
@@ -202,8 +205,8 @@ def _energy(value: Any) -> float | None:
 def _float(name: str, value: Any) -> float:
     try:
         return float(np.asarray(value, np.float64).reshape(()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is {str(value)[:40]!r}: it must be one number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is {reprlib.repr(value)}: it must be one number") from error
 
 
 def _array(name: str, value: Any) -> np.ndarray | None:
@@ -211,8 +214,13 @@ def _array(name: str, value: Any) -> np.ndarray | None:
         return None
     try:
         return np.array(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} are not numbers: {str(value)[:40]!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} are not numbers: {reprlib.repr(value)}") from error
+
+
+def _text(value: Any) -> str:
+    """Text that can be written as UTF-8: JSON may hold halves of a surrogate pair."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _stress(value: Any) -> np.ndarray | None:

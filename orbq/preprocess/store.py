@@ -17,10 +17,34 @@ from typing import Any
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.orbitals import MAX_Z, METHODS
+from orbq.preprocess.form import read_json, wrong
 from orbq.schema import FAILURES, FIELDS, MANIFEST, SCHEMA_VERSION, Structure
 
 JOB = ".job"  # what an unfinished job keeps inside the data set's directory
 OFFSETS = "offsets"
+MAX_POSITION = 1e9  # Å; as check.py demands
+_EMPTY_FILE = 1 << 12  # bytes of an array without elements, at most
+
+_FILE = {"sha256": str}
+FORM = {  # of manifest.json; see form.py
+    "schema_version": int,
+    "method": METHODS,
+    "settings": dict,
+    "tblite_version": str,
+    "blas": [str],
+    "sources": [{"name": str, **_FILE}],
+    "keys": {str: {str: int}},
+    "counts": {
+        **dict.fromkeys(("structures", "atoms", "rejected", "without_xtb"), int),
+        "rescued": {str: int},
+        "labels": {str: int},
+    },
+    "arrays": {str: {"shape": [int], "dtype": str, **_FILE}},
+    "failures": _FILE,
+    "job": dict,
+}
+_FAILURE_FORM = {"file": str, "frame": int, "kind": str, "reason": str}
 
 
 def array_names() -> dict[str, tuple[str, tuple[int, ...], str]]:
@@ -59,6 +83,7 @@ class Dataset:
         manifest = read_manifest(directory)
         stated: Mapping[str, Any] = manifest["arrays"]
         arrays = {name: _open_array(directory, name, stated) for name in array_names()}
+        _check_lengths(directory, arrays)
         return cls(directory, manifest, arrays)
 
     def __len__(self) -> int:
@@ -95,10 +120,22 @@ class Dataset:
         return np.ones(len(self), bool)
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """The entries of failures.jsonl: file, frame, kind, reason."""
-        with (self.path / FAILURES).open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+        """The entries of failures.jsonl: file, frame, kind, reason.
+
+        Raises InputError when it is damaged.
+        """
+        path = self.path / FAILURES
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    entry = json.loads(line)
+                    if reason := wrong(entry, _FAILURE_FORM):
+                        raise ValueError(f"line {number}: {reason}")
+                    yield entry
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} is missing or damaged: {error}; {_remedy(self.path)}"
+            ) from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -118,14 +155,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"`orbq preprocess INPUT... --out {directory}`"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, {"schema_version": int})
         version = manifest["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version == SCHEMA_VERSION and (reason := wrong(manifest, FORM)):
+            raise ValueError(reason)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is damaged: {error}; delete {directory} and run `orbq preprocess` again"
         ) from error
     if version != SCHEMA_VERSION:
-        inputs = " ".join(source["name"] for source in manifest.get("sources", []))
+        known = wrong(manifest, {"sources": [{"name": str}]}) is None
+        inputs = " ".join(s["name"] for s in manifest["sources"]) if known else "INPUT..."
         raise InputError(
             f"{directory} has schema version {version}, this orbq reads {SCHEMA_VERSION}; convert "
             f"it by labelling again: `orbq preprocess {inputs} --out NEW`"
@@ -134,20 +174,84 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def _remedy(directory: Path) -> str:
+    return f"`orbq verify {directory}` tells what else is damaged; label the data again"
+
+
 def _open_array(directory: Path, name: str, stated: Mapping[str, Any]) -> np.ndarray:
     path = array_file(directory, name)
-    remedy = f"`orbq verify {directory}` tells what else is damaged; label the data again"
     try:
+        array = _map(path)
         shape, dtype = tuple(stated[name]["shape"]), np.dtype(stated[name]["dtype"])
-        array: np.ndarray = np.load(path, mmap_mode=None if 0 in shape else "r", allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}; {remedy}") from error
+    except Exception as error:  # NumPy raises many types on a header that makes no sense
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise InputError(f"{path} is missing or damaged: {reason}; {_remedy(directory)}") from error
     if array.shape != shape or array.dtype != dtype:
         raise InputError(
             f"{path} holds {array.dtype} {array.shape}, the manifest states {dtype} {shape}; "
-            f"{remedy}"
+            f"{_remedy(directory)}"
+        )
+    per, trailing, wanted = array_names()[name]
+    if array.dtype != np.dtype(wanted) or array.shape[1:] != trailing or array.ndim == 0:
+        form = ", ".join(map(str, ("N", *trailing)))
+        raise InputError(
+            f"{path} holds {array.dtype} {array.shape}: one value per {per} is needed, {wanted} "
+            f"({form}); {_remedy(directory)}"
         )
     return array
+
+
+def _map(path: Path) -> np.ndarray:
+    """A ``.npy`` file memory-mapped: never unpickled, and never more of it than there is."""
+    with path.open("rb") as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if 0 in shape:  # cannot be mapped
+        if path.stat().st_size > _EMPTY_FILE:
+            raise ValueError("it is too long for an array without elements")
+        return np.zeros(shape, dtype)
+    array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    return array
+
+
+def _check_lengths(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse offsets that do not divide the atoms into structures, and arrays of other lengths."""
+    offsets, n_atoms = arrays[OFFSETS], len(arrays["numbers"])
+    rows = {"offset": len(offsets), "structure": len(offsets) - 1, "atom": n_atoms}
+    path = array_file(directory, OFFSETS)
+    if (
+        len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != n_atoms
+        or (np.diff(offsets) < 1).any()
+    ):
+        raise InputError(
+            f"{path} does not divide {n_atoms} atoms into structures; {_remedy(directory)}"
+        )
+    for name, (per, _, _) in array_names().items():
+        if len(arrays[name]) != rows[per]:
+            raise InputError(
+                f"{array_file(directory, name)}: {len(arrays[name])} rows, {rows[per]} needed; "
+                f"{_remedy(directory)}"
+            )
+
+
+def check_atoms(dataset_path: Path | None, numbers: np.ndarray, positions: np.ndarray) -> None:
+    """Refuse atoms that no structure can have been stored with: they would index out of tables.
+
+    numbers [n], positions [n, 3] Å: some atoms of a data set. Raises InputError.
+    """
+    if not len(numbers):
+        return
+    bad = (numbers < 1) | (numbers > MAX_Z)
+    bad |= ~np.isfinite(positions).all(1) | (np.abs(positions) > MAX_POSITION).any(1)
+    if bad.any():
+        atom = int(np.argmax(bad))
+        raise InputError(
+            f"{dataset_path or 'a data set in memory'} is damaged: it holds an atom of atomic "
+            f"number {numbers[atom]} at {positions[atom]} Å; "
+            + (_remedy(dataset_path) if dataset_path else "1 to 86 and finite positions are needed")
+        )
 
 
 # --------------------------------------------------------------------------- writing

@@ -14,7 +14,7 @@ from orbq.preprocess.flat import release
 from orbq.preprocess.pack import measure_budget
 from orbq.preprocess.plan import Budget, Fill, fill_rates, make_plan
 from orbq.preprocess.pool import Part, Pool
-from orbq.preprocess.store import Dataset
+from orbq.preprocess.store import Dataset, check_atoms
 from orbq.schema import FIELDS
 
 BLOCK = 1 << 14  # structures read at a time
@@ -72,6 +72,7 @@ def summarise(dataset: Dataset) -> Summary:
     periodic = 0
     for rows, atoms, starts in _blocks(dataset):
         numbers = np.asarray(dataset["numbers"][atoms])
+        check_atoms(dataset.path, numbers, dataset["positions"][atoms])
         of_element += np.bincount(numbers, minlength=len(SYMBOLS))
         structure_of = np.repeat(np.arange(len(starts)), np.diff([*starts, len(numbers)]))
         pairs = np.unique(structure_of * len(SYMBOLS) + numbers)

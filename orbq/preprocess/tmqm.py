@@ -12,10 +12,7 @@ J. Chem. Inf. Model. 63, 7642 (2023), wB97M-V/def2-SVPD.
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
-import lzma
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,13 +21,14 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.preprocess.text import DAMAGED, OPENERS, lines_of, open_text, read_line
 from orbq.units import HARTREE
 
 ENERGIES = ("Recomputed_E", "Electronic_E")  # the later calculation first
 CHARGES = "natural_charges"
 _PROPERTIES, _CHARGES = "tmQM_y.csv", "tmQM_X.q"
+MAX_CHARGES = 100_000  # atoms of one complex; the largest has some hundreds
 _CODE, _TOTAL = "CSD_code", "Total charge"
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 # names that only these releases have, each beside CSD_code and q
 _MARKS = ("MND", "formula")
 
@@ -39,12 +37,13 @@ class Tables(NamedTuple):
     """Labels that stand in other files than the structures.
 
     energies: CSD code -> Hartree. charges: the file of natural charges, None if there is none;
-    offsets: CSD code -> place in it.
+    offsets: CSD code -> place in it. name: of that file, for messages.
     """
 
     energies: Mapping[str, float]
     charges: TextIO | None
     offsets: Mapping[str, int]
+    name: str = ""
 
 
 NO_TABLES = Tables({}, None, {})
@@ -62,7 +61,7 @@ def tables_beside(path: Path) -> list[Path]:
     if "tmQM_X" not in path.name or ".xyz" not in path.name:
         return []
     prefix = path.name.split("tmQM_X")[0]  # old_ of the first release
-    tables, packings = (_PROPERTIES, _CHARGES), ("", *_OPENERS)
+    tables, packings = (_PROPERTIES, _CHARGES), ("", *OPENERS)
     names = [path.with_name(f"{prefix}{name}{packed}") for name in tables for packed in packings]
     return [name for name in names if name.is_file()]
 
@@ -74,25 +73,33 @@ def open_tables(paths: Sequence[Path]) -> Iterator[Tables]:
     Raises InputError for a table that is not one.
     """
     energies: dict[str, float] = {}
-    offsets: dict[str, int] = {}
-    charges: TextIO | None = None
+    tables = NO_TABLES
     with ExitStack() as stack:
         for path in paths:
-            stream = stack.enter_context(_opened(path))
-            if _PROPERTIES in path.name:
-                energies = _read_energies(path, stream)
-            else:
-                charges, offsets = stream, _find_charges(path, stream)
-        yield Tables(energies, charges, offsets)
+            with _told_when_damaged(path):
+                stream = stack.enter_context(open_text(path))
+                if _PROPERTIES in path.name:
+                    energies = _read_energies(path, stream)
+                else:
+                    tables = Tables({}, stream, _find_charges(path, stream), str(path))
+        yield tables._replace(energies=energies)
 
 
-def _opened(path: Path) -> TextIO:
-    stream: TextIO = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8")
-    return stream
+@contextmanager
+def _told_when_damaged(path: object) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (*DAMAGED, csv.Error) as error:
+        raise InputError(
+            f"{path}: truncated or corrupt: {error or type(error).__name__}; copy or download the "
+            "file again"
+        ) from error
 
 
 def _read_energies(path: Path, stream: TextIO) -> dict[str, float]:
-    reader = csv.DictReader(stream, delimiter=";")
+    reader = csv.DictReader(lines_of(stream, path), delimiter=";")
     column = ENERGIES[-1]
     if not {_CODE, column} <= set(reader.fieldnames or ()):
         found = ", ".join(reader.fieldnames or ("nothing",))[:200]
@@ -108,7 +115,7 @@ def _read_energies(path: Path, stream: TextIO) -> dict[str, float]:
 
 def _find_charges(path: Path, stream: TextIO) -> dict[str, int]:
     offsets = {}
-    while line := stream.readline():
+    while line := read_line(stream, path):
         if line.startswith(_CODE):
             offsets[_code_of(line)] = stream.tell()
     if not offsets:
@@ -123,11 +130,22 @@ def _code_of(line: str) -> str:
 def translated(values: dict[str, Any], tables: Tables) -> dict[str, Any]:
     """The named values of a structure in eV and with a spin multiplicity, if it is of these sets.
 
-    Raises ValueError for charges that are no numbers.
+    Raises ValueError for values that are no numbers, InputError for a damaged table.
     """
     if not ({_CODE, "q"} <= values.keys() and any(mark in values for mark in _MARKS)):
         return values
     code, out = str(values[_CODE]), dict(values)
+    try:
+        _translate(out, code, tables)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"energies, q, S and spin must be numbers: {error}") from error
+    if tables.charges is not None and code in tables.offsets:
+        with _told_when_damaged(tables.name):
+            out[CHARGES] = _charges(tables, tables.charges, tables.offsets[code])
+    return out
+
+
+def _translate(out: dict[str, Any], code: str, tables: Tables) -> None:
     if code in tables.energies:
         out.setdefault(ENERGIES[-1], tables.energies[code])
     if isinstance(out.get(ENERGIES[0]), str):  # not converged; the other method's is no substitute
@@ -140,17 +158,16 @@ def translated(values: dict[str, Any], tables: Tables) -> dict[str, Any]:
     out["spin_multiplicity"] = (
         max(spin, 1) if "S" not in out and spin is not None else (2 * out.get("S", 0) + 1)
     )
-    if tables.charges is not None and code in tables.offsets:
-        out[CHARGES] = _charges(tables.charges, tables.offsets[code])
-    return out
 
 
-def _charges(stream: TextIO, offset: int) -> np.ndarray:
+def _charges(tables: Tables, stream: TextIO, offset: int) -> np.ndarray:
     """The rows ``symbol charge`` of one complex."""
     stream.seek(offset)
-    values = []
-    while (line := stream.readline()).strip() and not line.startswith(_TOTAL):
+    values: list[str] = []
+    while (line := read_line(stream, tables.name)).strip() and not line.startswith(_TOTAL):
         values.append(line.split()[-1])
+        if len(values) > MAX_CHARGES:
+            raise ValueError(f"{CHARGES}: more than {MAX_CHARGES} of one complex in {tables.name}")
     try:
         return np.array(values, float)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from orbq.orbitals import atomic_charges
 from orbq.preprocess import store
 from orbq.preprocess.flat import release
 from orbq.preprocess.store import Dataset
-from orbq.schema import FAILURES, FIELDS
+from orbq.schema import FAILURES
 
 BLOCK = 1 << 14  # structures read at a time
 CHARGE_SUM_TOLERANCE = 1e-6  # e; as demanded of each calculation
@@ -64,9 +65,13 @@ def _file_problems(directory: Path, name: str, manifest: dict[str, Any]) -> Iter
         yield f"{path}: missing"
         return
     if is_array:
-        dtype, shape = np.dtype(stated["dtype"]), tuple(stated["shape"])
-        header = len(store.npy_header(shape, dtype))
-        wanted = header + dtype.itemsize * int(np.prod(shape, dtype=int))
+        try:
+            dtype, shape = np.dtype(stated["dtype"]), tuple(stated["shape"])
+            header = len(store.npy_header(shape, dtype))
+        except (TypeError, ValueError) as error:
+            yield f"{directory / 'manifest.json'}: what it states of {path.name} is wrong: {error}"
+            return
+        wanted = header + dtype.itemsize * math.prod(shape)
         size = path.stat().st_size
         if size != wanted:
             kind = "truncated" if size < wanted else "too long"
@@ -78,15 +83,13 @@ def _file_problems(directory: Path, name: str, manifest: dict[str, Any]) -> Iter
 
 def _value_problems(dataset: Dataset) -> Iterator[str]:
     offsets = np.asarray(dataset.offsets)
-    atoms = len(dataset["numbers"])
-    if offsets[0] != 0 or offsets[-1] != atoms or np.any(np.diff(offsets) < 1):
-        yield f"{dataset.path / 'offsets.npy'}: does not divide {atoms} atoms into structures"
-        return
-    for name, field in FIELDS.items():
-        rows = atoms if field.per == "atom" else len(dataset)
-        if len(dataset[name]) != rows:
-            length = len(dataset[name])
-            yield f"{store.array_file(dataset.path, name)}: {length} rows, {rows} needed"
+    for start in range(0, len(dataset), BLOCK):
+        bounds = offsets[start : start + BLOCK + 1]
+        atoms = slice(int(bounds[0]), int(bounds[-1]))
+        try:
+            store.check_atoms(dataset.path, dataset["numbers"][atoms], dataset["positions"][atoms])
+        except InputError as error:
+            yield str(error)
             return
     yield from _charge_problems(dataset, offsets)
 
