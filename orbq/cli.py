@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "orbq.commands.train",
     "ablate": "orbq.commands.ablate",
     "evaluate": "orbq.commands.evaluate",
+    "plot": "orbq.commands.plot",
     "predict": "orbq.commands.predict",
     "doctor": "orbq.commands.doctor",
 }

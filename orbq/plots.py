@@ -68,7 +68,9 @@ QUANTITIES = {
 }
 
 
-def _figure(n_panels: int, size: tuple[float, float], n_columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    n_panels: int, size: tuple[float, float], n_columns: int
+) -> tuple[Figure, list[Axes]]:
     """A figure of ``n_panels`` axes in rows of ``n_columns``; size: of one panel, inches."""
     n_columns = min(n_columns, n_panels)
     n_rows = -(-n_panels // n_columns)
@@ -78,6 +80,15 @@ def _figure(n_panels: int, size: tuple[float, float], n_columns: int) -> tuple[F
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def plain_log(axis: Axes) -> None:
+    """Labels as 200, 300, 500 on a logarithmic y axis, however short it is; after drawing."""
+    low, high = axis.get_ylim()
+    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 4 * low else (1, 2, 3, 5)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -100,29 +111,43 @@ def parity_figure(
     labels to show; None for all. path: where to save it.
     """
     shown = [n for n in names or evaluation.values if evaluation.values[n].mask.any()]
-    figure, axes = _figure(len(shown), (4.2, 4.1), 3)
+    figure, axes = new_figure(len(shown), (4.2, 4.1), 3)
     for axis, name in zip(axes, shown, strict=True):
-        _parity(axis, evaluation, name)
-        axis.set_title(f"{_title(evaluation, name)}\n{_score(evaluation, name)}", fontsize=10)
+        parity_panel(axis, evaluation, name)
+        title = parity_title(evaluation, name)
+        axis.set_title(f"{title}\n{parity_score(evaluation, name)}", fontsize=10)
     if path is not None:
         save(figure, path)
     return figure
 
 
-def _parity(axis: Axes, evaluation: Evaluation, name: str) -> None:
+def parity_values(evaluation: Evaluation, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions [n] where there is a label, eV, eV/Å or e; energies without their
+    references."""
     values = evaluation.values[name]
     true, predicted = values.label[values.mask], values.predicted[values.mask]
-    unit = TARGETS[name].unit if name in TARGETS else {"energy": "eV", "forces": "eV/Å"}[name]
-    what = ""
     if name in ENERGIES:
         shift = evaluation.references[name][values.mask]
-        true, predicted, what = true - shift, predicted - shift, "relative to references, "
-    low, high = (
-        f(true.min(), predicted.min()) if f is min else f(true.max(), predicted.max())
-        for f in (min, max)
-    )
+        true, predicted = true - shift, predicted - shift
+    return true, predicted
+
+
+def parity_range(evaluations: Sequence[Evaluation], name: str) -> tuple[float, float]:
+    """Lowest and highest value of a label and its predictions in all of them, with a margin."""
+    values = [v for e in evaluations for v in parity_values(e, name)]
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
     margin = 0.04 * max(high - low, 1e-9)
-    low, high = low - margin, high + margin
+    return float(low - margin), float(high + margin)
+
+
+def parity_panel(
+    axis: Axes, evaluation: Evaluation, name: str, limits: tuple[float, float] | None = None
+) -> None:
+    """Predicted against true values of a label; limits: of both axes, None for its own range."""
+    true, predicted = parity_values(evaluation, name)
+    unit = TARGETS[name].unit if name in TARGETS else {"energy": "eV", "forces": "eV/Å"}[name]
+    what = "relative to references, " if name in ENERGIES else ""
+    low, high = limits or parity_range([evaluation], name)
     if len(true) > DENSE:
         extent = (low, high, low, high)
         bins = axis.hexbin(
@@ -142,13 +167,14 @@ def _parity(axis: Axes, evaluation: Evaluation, name: str) -> None:
     axis.set_ylabel(f"prediction ({what}{unit})")
 
 
-def _title(evaluation: Evaluation, name: str) -> str:
+def parity_title(evaluation: Evaluation, name: str) -> str:
+    """What a label is, and what it was computed from."""
     source = evaluation.values[name].source
     title = TITLES.get(name, name)
     return f"{title} (from {TITLES[source].lower()})" if source else title
 
 
-def _score(evaluation: Evaluation, name: str) -> str:
+def parity_score(evaluation: Evaluation, name: str) -> str:
     """MAE and RMSE in the unit of the tables."""
     shown = "energy_per_atom" if name == "energy" else name
     unit, factor = display_unit(shown)
@@ -187,7 +213,8 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 def learning_curve_figure(
     runs: Mapping[str, str | Path] | Sequence[str | Path], path: str | Path | None = None
 ) -> Figure:
-    """Validation errors against training steps, one panel per label, one line per run.
+    """Validation errors against training steps, one panel per label, one line per run; energies
+    in meV per structure.
 
     runs: run directories; in a mapping, under the names for the legend. path: where to save it.
     Steps of a pre-training stage come before those of the main stage, in lighter colour.
@@ -196,7 +223,7 @@ def learning_curve_figure(
     curves = {name: read_metrics(directory) for name, directory in named.items()}
     keys = [k for records in curves.values() for r in records for k in r if _is_error(k)]
     shown = list(dict.fromkeys(keys))
-    figure, axes = _figure(len(shown), (4.6, 3.4), 3)
+    figure, axes = new_figure(len(shown), (4.6, 3.4), 3)
     for axis, key in zip(axes, shown, strict=True):
         for number, (name, records) in enumerate(curves.items()):
             _curve(axis, records, key, name, number)
@@ -204,9 +231,7 @@ def learning_curve_figure(
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="training step", ylabel=f"validation MAE ({unit})", yscale="log")
         axis.set_xlim(left=0)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
+        plain_log(axis)
         axis.grid(True, which="both", color="0.92", linewidth=0.6)
         axis.set_axisbelow(True)
     if len(named) > 1:
@@ -219,7 +244,7 @@ def learning_curve_figure(
 
 
 def _is_error(key: str) -> bool:
-    return key.startswith("validation/") and "_mae_" in key and not key.endswith("energy_mae_meV")
+    return key.startswith("validation/") and "_mae_" in key and not key.endswith("_per_atom")
 
 
 def _described(key: str) -> tuple[str, str]:
@@ -265,7 +290,7 @@ def arms_figure(
         skip = "energy_mae" if any(r.values.get("energy_mae_per_atom") for r in rows) else ""
         quantities = {n: q for n, q in QUANTITIES.items() if n != skip}
     shown = {n: q for n, q in quantities.items() if any(len(r.values.get(n, ())) for r in rows)}
-    figure, axes = _figure(len(shown), (1.6 + 0.9 * len(rows), 3.6), 4)
+    figure, axes = new_figure(len(shown), (1.6 + 0.9 * len(rows), 3.6), 4)
     for axis, (name, quantity) in zip(axes, shown.items(), strict=True):
         _arms_panel(axis, rows, name, quantity)
     figure.supxlabel("points: single seeds; bars: their mean", fontsize=8, color="0.4")

@@ -53,7 +53,7 @@ def write_metrics(directory: Path, stages: dict[str, int]) -> Path:
         {
             "stage": stage,
             "step": step,
-            "validation/energy_mae_meV": 9.0,
+            "validation/energy_mae_meV": 900.0 / step,
             "validation/energy_mae_meV_per_atom": 100.0 / step,
             "validation/forces_mae_meV_per_A": 50.0 / step,
         }
@@ -72,7 +72,7 @@ def test_learning_curves(tmp_path):
     }
     figure = plots.learning_curve_figure(runs, tmp_path / "curves.png")
     energy, forces = figure.axes
-    assert energy.get_ylabel() == "validation MAE (meV/atom)"
+    assert energy.get_ylabel() == "validation MAE (meV)"  # per structure: what is minimised
     assert forces.get_ylabel() == "validation MAE (meV/Å)"
     assert [text.get_text() for text in energy.get_legend().get_texts()] == ["plain", "taught"]
     assert max(line.get_xdata()[-1] for line in energy.lines) == 80  # after the pre-training

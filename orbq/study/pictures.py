@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from orbq.equivalence import Estimate
-from orbq.plots import COLOURS, DPI, MARKERS, new_figure
+from orbq.plots import COLOURS, DPI, MARKERS, new_figure, plain_log
 from orbq.study.plan import BASELINE
 from orbq.study.report import Option, Row, by_weight
 
@@ -186,20 +186,11 @@ def size_figure(rows: Sequence[Row], styles: dict[str, Style]) -> Figure:
         )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="training structures", ylabel=MAE)
     _size_axis(axis, rows)
-    _plain_log(axis)
+    plain_log(axis)
     axis.grid(True, which="both", color="0.92", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.legend(frameon=False)
     return figure
-
-
-def _plain_log(axis: Axes) -> None:
-    """Labels 200, 300, 500 on a logarithmic y axis, however short it is."""
-    low, high = axis.get_ylim()
-    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 4 * low else (1, 2, 3, 5)
-    axis.yaxis.set_major_locator(LogLocator(subs=subs))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _size_axis(axis: Axes, rows: Sequence[Row]) -> None:
@@ -230,7 +221,7 @@ def gain_figure(rows: Sequence[Row], styles: dict[str, Style]) -> Figure:
         axes[1].set(yscale="log", ylabel="data-equivalence factor")
         low, high = axes[1].get_ylim()
         axes[1].set_ylim(min(low, 0.8), max(high, 1.3))
-        _plain_log(axes[1])
+        plain_log(axes[1])
     for axis in axes:
         axis.set(xscale="log", xlabel="training structures")
         _size_axis(axis, rows)
@@ -289,7 +280,7 @@ def training_figure(
         axis.set_title(f"{n:,} training structures", fontsize=10)
         axis.set(xlabel="training step", ylabel="validation energy MAE (meV)", yscale="log")
         axis.set_xlim(left=0)
-        _plain_log(axis)
+        plain_log(axis)
         axis.grid(True, which="both", color="0.92", linewidth=0.6)
         axis.set_axisbelow(True)
     _legend(figure, axes)

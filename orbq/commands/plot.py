@@ -1,0 +1,108 @@
+"""``orbq plot``: learning curves and parity plots of several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from orbq.errors import InputError
+
+if TYPE_CHECKING:
+    from orbq.scores import Evaluation
+
+INTERRUPTED = "Pictures that were written are whole; run the same command again."
+SPLITS = "test|validation|train|all"
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; they may be training.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory for pictures and tables.")
+    ] = Path("plots"),
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Data set for the parity plots (default: each run's own)."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar=SPLITS, help="Which structures (default: test of a run's own data, else all)."
+        ),
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option(help="Predict, and draw predictions against labels.")
+    ] = True,
+    batch_size: Annotated[
+        float, typer.Option(min=1, help="Structures per predicted batch, on average.")
+    ] = 16,
+) -> None:
+    """Draw learning curves and parity plots of runs side by side.
+
+    Writes learning-curves.png (validation errors against steps, meV and meV/Å) and, for every label
+    that the runs predict, parity-LABEL.png with a panel per run on the same axes; beside each
+    picture a CSV of what is drawn.
+
+    \b
+    Examples:
+      orbq plot runs/demo/*
+      orbq plot runs/plain runs/taught --out comparison --split validation
+      orbq plot runs/a runs/b --dataset datasets/other
+      orbq plot runs/* --no-parity                      # also while they train
+    """
+    from orbq.plots import learning_curve_figure
+    from orbq.run_plots import (
+        curves_csv,
+        labels_of,
+        names_of,
+        parity_comparison,
+        parity_csv,
+        progress_of,
+    )
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not parity and (dataset or split):
+        raise InputError("--dataset and --split are of the parity plots: leave out --no-parity")
+    named = dict(zip(names_of(runs), runs, strict=True))
+    for directory in runs:
+        if told := progress_of(directory):
+            console.print(Text(told, "yellow"))
+    _claim(out)
+    learning_curve_figure(named, out / "learning-curves.png")
+    written = [out / "learning-curves.png", curves_csv(named, out / "learning-curves.csv")]
+    console.print(Text("wrote " + ", ".join(map(str, written))))
+    if not parity:
+        return
+    found = {n: _evaluate(d, dataset, split, batch_size, console) for n, d in named.items()}
+    for label in labels_of(found.values()):
+        picture = out / f"parity-{label}.png"
+        parity_comparison(found, label, picture)
+        table = parity_csv(found, label, out / f"parity-{label}.csv")
+        console.print(Text(f"wrote {picture}, {table}"))
+
+
+def _evaluate(
+    directory: Path, name: str | None, split: str | None, batch_size: float, console: Console
+) -> Evaluation:
+    from orbq.data import open_dataset
+    from orbq.evaluate import evaluate, split_rows
+    from orbq.inference import open_run
+    from orbq.run_plots import own_dataset
+
+    run = open_run(directory)
+    data = open_dataset(name or own_dataset(run, directory))
+    part, rows = split_rows(run, data, split)
+    console.print(Text(f"{directory}: predicting {len(rows):,} structures ({part} of {data.path})"))
+    return evaluate(run, data, rows, batch_size=batch_size)
+
+
+def _claim(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {place}: the directory cannot be made ({error.strerror}); name another"
+        ) from error
