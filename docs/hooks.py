@@ -109,9 +109,9 @@ def options_table(command: Any, context: Any) -> str:
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
-def on_page_content(page: str, **_: Any) -> str:
+def on_page_content(content: str, **_: Any) -> str:
     r"""Replace ``\(...\)`` and ``\[...\]`` by MathML."""
-    return FORMULA.sub(_mathml, page)
+    return FORMULA.sub(_mathml, content)
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -1,0 +1,1 @@
+"""Networks: pure functions of positions and graph; no files, no labels."""
