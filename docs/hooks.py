@@ -101,7 +101,7 @@ def options_table(command: Any, context: Any) -> str:
         if record is not None:
             name, meaning = (cell.replace("|", "\\|") for cell in record)
             rows.append(f"| <code>{html.escape(name)}</code> | {html.escape(meaning)} |")
-    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+    return "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
 
 
 # --------------------------------------------------------------------------- mathematics
