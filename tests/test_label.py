@@ -141,7 +141,7 @@ def test_progress_counts_structures_and_failures(tmp_path):
     assert shares[-1] == pytest.approx(1.0)
 
 
-def test_chunks_are_of_similar_cost_and_largest_first():
+def test_chunks_shrink_towards_the_end_and_the_largest_come_first():
     rng = np.random.default_rng(0)
     sizes = rng.integers(2, 100, 3000)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -155,10 +155,15 @@ def test_chunks_are_of_similar_cost_and_largest_first():
     assert sorted(order) == list(range(3000))
     assert np.all(np.diff(cost[order]) <= 0)
     np.testing.assert_allclose(chunk, np.add.reduceat(cost[order], bounds[:-1]))
-    assert chunk[:-1].min() > 0.4 * chunk.max()  # only the last one may be a rest
+    left = np.cumsum(chunk[::-1])[::-1]  # when a chunk begins, itself included
+    limit = np.clip(left * schedule.PART, schedule.SHORTEST, schedule.LONGEST)
+    assert np.all((chunk <= limit) | (np.diff(bounds) == 1))
+    whole = slice(0, -1)  # the last one is a rest
+    assert np.all(chunk[whole] + cost[order[bounds[1:-1]]] > limit[whole])
+    assert chunk[-10:].max() < 0.2 * chunk[0]
     alone = schedule.plan(np.array([1.0, 500.0, 1.0]))
     np.testing.assert_array_equal(alone[0], [1, 0, 2])
-    np.testing.assert_array_equal(alone[1], [0, 1, 3])
+    np.testing.assert_array_equal(alone[1], [0, 1, 2, 3])
 
 
 def test_two_jobs_do_not_share_a_directory(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -74,7 +75,7 @@ def environment(blas: str | None) -> dict[str, str]:
     env = dict(os.environ)
     threads = ("OMP", "OPENBLAS", "MKL", "BLIS", "GOTO")
     env.update({f"{name}_NUM_THREADS": "1" for name in threads})
-    env["MKL_THREADING_LAYER"] = "SEQUENTIAL"
+    env |= {"MKL_THREADING_LAYER": "SEQUENTIAL", "MKL_INTERFACE_LAYER": "LP64"}
     package_root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH", "")]))
     if blas:
@@ -88,9 +89,18 @@ def loaded_blas() -> str:
     real = os.path.realpath(path)
     if not path or real not in Path("/proc/self/maps").read_text():
         return BUNDLED
-    library = ctypes.CDLL(path)
-    if not hasattr(library, "openblas_get_config"):
-        return os.path.basename(real)
-    library.openblas_get_config.restype = ctypes.c_char_p
-    words = library.openblas_get_config().decode().split()
-    return f"{' '.join(words[:2])} ({os.path.basename(real)})"
+    told = _version(ctypes.CDLL(path))
+    return f"{told} ({os.path.basename(real)})" if told else os.path.basename(real)
+
+
+def _version(library: ctypes.CDLL) -> str:
+    """Name and version that the library states of itself, as "OpenBLAS 0.3.21"; "" if neither."""
+    if hasattr(library, "openblas_get_config"):
+        library.openblas_get_config.restype = ctypes.c_char_p
+        return " ".join(library.openblas_get_config().decode().split()[:2])
+    if hasattr(library, "MKL_Get_Version_String"):
+        text = ctypes.create_string_buffer(200)
+        library.MKL_Get_Version_String(text, len(text))
+        found = re.search(r"Version ([\d.]+)", text.value.decode())
+        return f"MKL {found[1]}" if found else "MKL"
+    return ""

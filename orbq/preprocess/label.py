@@ -18,6 +18,7 @@ import numpy as np
 from orbq.errors import InputError, OrbqError
 from orbq.orbitals import METHODS
 from orbq.preprocess import store, supervise, wire, xtb
+from orbq.preprocess.flat import release
 from orbq.preprocess.frames import Source, every_file, find_sources
 from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.manifest import write_manifest
@@ -222,6 +223,7 @@ def _label(
     arrays = {name: np.load(store.array_file(work.out, name), mmap_mode="r") for name in names}
     offsets = np.array(arrays[store.OFFSETS])
     chunks = plan(costs(arrays["numbers"], offsets, recipe.method))
+    release(arrays["numbers"])
     ledger = Ledger(work, offsets, chunks)
     sizes, whole = np.diff(chunks.bounds), chunks.cost.sum()
 
@@ -268,6 +270,8 @@ class _Calls:
         }
         arrays = wire.select(self.arrays, self.chunks.members(chunk))
         data = wire.pack(wire.Message(arrays, note))
+        for array in self.arrays.values():
+            release(array)
         spec = supervise.Spec(supervise.WORKER, self.resources.blas)
         return self.pool.executor.submit(supervise.label_chunk, data, spec)
 

@@ -1,4 +1,4 @@
-"""Who computes what, when: chunks of similar cost, largest first, on a pool of processes.
+"""Who computes what, when: chunks by cost, largest first, on a pool of processes.
 
 The labelling loop knows ``concurrent.futures.Executor`` alone: threads that each hold one labelling
 process on this machine, or a Dask cluster whose workers do the same.
@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +23,9 @@ from orbq.preprocess.blas import find_blas
 # Seconds for n orbitals on one core of the machine of benchmarks/RESULTS.md; only ratios matter.
 OVERHEAD = 1.5e-3
 PER_ORBITAL, EXPONENT = 1.6e-7, 2.6
-# A chunk is this part of the whole work, within bounds in seconds: large enough that sending it
-# costs nothing, small enough that the last one is not waited for and little is lost by a kill.
-PART, SHORTEST, LONGEST = 1 / 64, 0.05, 2.0
+# A chunk is this part of the work that is left, within bounds in seconds: large enough that sending
+# it costs nothing, and smaller towards the end, so that the last one is not waited for.
+PART, SHORTEST, LONGEST = 1 / 64, 0.02, 2.0
 
 CONNECT_SECONDS = 30  # to a Dask scheduler
 BATCH_SYSTEMS = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}  # of dask-jobqueue
@@ -85,17 +85,17 @@ class Plan(NamedTuple):
 
 
 def plan(cost: np.ndarray) -> Plan:
-    """Divide structures of these costs [S] into chunks of similar cost.
+    """Divide structures of these costs [S] into chunks whose cost falls towards the end.
 
     The most expensive structures come first. Depends on the costs alone, so that an interrupted job
     finds the same chunks again on any number of workers.
     """
     order = np.argsort(-cost, kind="stable")
     total = np.concatenate([[0.0], np.cumsum(cost[order])])
-    limit = float(np.clip(total[-1] * PART, SHORTEST, LONGEST))
     bounds = [0]
     while bounds[-1] < len(order):
         start = bounds[-1]
+        limit = float(np.clip((total[-1] - total[start]) * PART, SHORTEST, LONGEST))
         stop = int(np.searchsorted(total, total[start] + limit, side="right")) - 1
         bounds.append(min(max(stop, start + 1), len(order)))
     return Plan(order, np.array(bounds), np.diff(total[bounds]))
@@ -189,12 +189,43 @@ def _dask_cluster(resources: Resources) -> Iterator[Any]:
         raise InputError(
             f"--scheduler {scheduler} needs dask-jobqueue: pip install 'orbq[dask]'"
         ) from error
+    with _batch_jobs(getattr(dask_jobqueue, BATCH_SYSTEMS[scheduler]), resources) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _batch_jobs(kind: type, resources: Resources) -> Iterator[Any]:
+    """A cluster of ``kind`` whose jobs are in the queue.
+
+    Raises InputError with the batch system's own words when it does not take them.
+    """
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(kind())
+            cluster.sync(_submit, cluster, resources.workers or 1)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            told = " ".join(str(error).split())
+            raise InputError(
+                f"--scheduler {resources.scheduler}: {told}; cores, memory, queue and walltime of "
+                "a job come from Dask's jobqueue.yaml (dask-jobqueue's documentation, "
+                "'Configuration'), and the command must run where jobs can be submitted"
+            ) from error
+        yield cluster
+
+
+async def _submit(cluster: Any, n_jobs: int) -> None:
+    """Put jobs into the queue.
+
+    As ``cluster.scale`` does, which however only logs an error and waits for workers for ever.
+    """
+    from distributed.core import Status
+
+    for _ in range(n_jobs):
+        cluster.worker_spec.update(cluster.new_worker_spec())
     try:
-        with getattr(dask_jobqueue, BATCH_SYSTEMS[scheduler])() as cluster:
-            cluster.scale(resources.workers or 1)
-            yield cluster
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise InputError(
-            f"--scheduler {scheduler}: {error}; cores, memory, queue and walltime of a job come "
-            "from Dask's jobqueue.yaml (dask-jobqueue's documentation, 'Configuration')"
-        ) from error
+        await cluster
+    except Exception:
+        for job in cluster.workers.values():
+            if job.status == Status.created:  # closing the cluster would stumble over it
+                job.status = Status.failed
+        raise

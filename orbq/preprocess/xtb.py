@@ -276,7 +276,9 @@ def _accept(
     starts = np.concatenate([[0], ends[:-1]])
     blocks = np.concatenate([raw.blocks for raw in raws])
     blocks = 0.5 * (blocks + blocks.transpose(0, 2, 1)) * tables.present[numbers]
-    onsite = tables.reference[numbers] - blocks.reshape(len(blocks), -1) @ tables.project
+    # one product per atom: a product of all rounds differently with their number
+    rows = blocks.reshape(len(blocks), 1, -1)
+    onsite = tables.reference[numbers] - (rows @ tables.project)[:, 0]
     onsite *= tables.has[numbers]
     populations = np.einsum("nkk->nk", blocks)
     charges = tables.valence[numbers] - populations.sum(1)
