@@ -96,6 +96,7 @@ class Data(Section):
     dataset: Text = "tmc"
     unlabelled: Names = ()
     split: Literal["group", "within"] = "group"
+    split_seed: CountOrZero = 0
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     n_train: CountOrZero = 0

@@ -108,7 +108,7 @@ def split_of(config: Config, dataset: Dataset) -> dict[str, np.ndarray]:
     """Structures of each part; the training part cut to ``data.n_train`` if that is not 0."""
     data = config.data
     fractions = (data.validation_fraction, data.test_fraction)
-    parts = split(dataset["group"], dataset["content_hash"], data.split, fractions)
+    parts = split(dataset["group"], dataset["content_hash"], data.split, fractions, data.split_seed)
     if data.n_train:
         available = len(parts["train"])
         if data.n_train > available:

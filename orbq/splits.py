@@ -26,10 +26,12 @@ def split(
     content_hash: np.ndarray,
     method: str = "group",
     fractions: tuple[float, float] = (0.1, 0.2),
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Sorted indices of the ``train``, ``validation`` and ``test`` structures.
 
-    group, content_hash: [S] bytes. fractions: shares of (validation, test) in expectation.
+    group, content_hash: [S] bytes. fractions: shares of (validation, test) in expectation. seed:
+    of another split of the same kind.
     Raises KeyError for an unknown ``method``.
     """
     if method not in SPLITS:
@@ -38,7 +40,8 @@ def split(
         g if (g and method == "group") else h
         for g, h in zip(group.tolist(), content_hash.tolist(), strict=True)
     ]
-    u = np.array([fraction_of(name, "orbq split") for name in names])
+    salt = f"orbq split {seed}" if seed else "orbq split"
+    u = np.array([fraction_of(name, salt) for name in names])
     validation, test = fractions
     part = np.where(u < test, 2, np.where(u < test + validation, 1, 0))
     return {name: np.flatnonzero(part == i) for i, name in enumerate(PARTS)}

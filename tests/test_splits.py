@@ -33,6 +33,13 @@ def test_parts_have_the_sizes_asked_for(method):
         assert len(parts[name]) / N == pytest.approx(share, abs=4 * deviation)
 
 
+def test_a_seed_deals_anew():
+    first, again, other = (split(GROUPS, HASHES, seed=seed) for seed in (0, 0, 1))
+    assert all((first[name] == again[name]).all() for name in PARTS)
+    both = np.intersect1d(first["test"], other["test"])
+    assert len(both) < 0.6 * len(first["test"])  # 0.2 of it in expectation
+
+
 def test_groups_are_never_divided():
     parts = split(GROUPS, HASHES)
     names = [set(GROUPS[rows]) for rows in parts.values()]
