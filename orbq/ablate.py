@@ -99,9 +99,3 @@ def keep_best(
         jnp.where(better, step, selection.step),
         jnp.where(better, 0, selection.stale + ~stopped),
     )
-
-
-def restart(state: TrainState) -> TrainState:
-    """The averaged parameters with fresh moments: where a stage after another begins."""
-    fresh = jax.tree.map(jnp.zeros_like, (state.optimizer, state.step))
-    return TrainState(state.ema, jax.tree.map(jnp.copy, state.ema), *fresh)

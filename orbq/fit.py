@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from orbq import checkpoint, devices, records
@@ -35,7 +34,7 @@ from orbq.preprocess.store import write_atomically
 from orbq.reporter import Reporter, Silent, Speed
 from orbq.run import CHECKPOINTS, METRICS, read_description
 from orbq.stages import Stage, make_stages
-from orbq.train import TrainState, make_init, make_train_step
+from orbq.train import TrainState, make_init, make_train_step, next_stage
 from orbq.validation import Validation, criterion_of
 
 SUMMARY = "summary.json"  # written last: a run that has it is finished
@@ -219,13 +218,9 @@ class _Loop:
         return None
 
     def _next_stage(self, state: TrainState) -> TrainState:
-        """Fresh moments on the averaged parameters of the stage before."""
         p = self.progress
         self.progress = Progress(stage=p.stage + 1, seconds=p.seconds)
-        fresh = jax.tree.map(jnp.zeros_like, state.optimizer)
-        return TrainState(
-            state.ema, jax.tree.map(jnp.copy, state.ema), fresh, jnp.zeros_like(state.step)
-        )
+        return next_stage(state)
 
     def _run_stage(self, stage: Stage, step: Counted, state: TrainState) -> TrainState:
         training, p = self.config.training, self.progress

@@ -87,6 +87,19 @@ def make_init(potential: Potential) -> Callable[[Array, Batch], TrainState]:
     return init
 
 
+def next_stage(state: TrainState) -> TrainState:
+    """Where a stage after another begins: its averaged parameters with fresh moments.
+
+    If GFN1 energies were taught, the energy readout starts as theirs: what the references leave of
+    both energies is much alike. Leaves may be those of many runs, [R, ...].
+    """
+    params = dict(state.ema)
+    if "xtb_energy" in params:
+        params["energy"] = jax.tree.map(jnp.copy, params["xtb_energy"])
+    fresh = jax.tree.map(jnp.zeros_like, (state.optimizer, state.step))
+    return TrainState(params, jax.tree.map(jnp.copy, params), *fresh)
+
+
 def scheduled_weights(step: Array, hyper: Hyper) -> dict[str, Array]:
     """The weights at a step: those of auxiliary terms fall linearly to ``auxiliary_final``."""
     progress = jnp.clip(step / jnp.maximum(hyper.n_steps, 1), 0.0, 1.0)

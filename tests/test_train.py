@@ -33,6 +33,7 @@ from orbq.train import (
     make_evaluate,
     make_init,
     make_train_step,
+    next_stage,
 )
 
 TERMS = ("energy", "forces", "density")
@@ -283,6 +284,27 @@ def test_fresh_state():
     assert jax.tree.structure(shapes) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(wanted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_a_stage_goes_on_from_the_average_with_fresh_moments():
+    """The energy readout goes on as that of GFN1 energies if there was one."""
+    rng = np.random.default_rng(0)
+    params = {
+        n: {"w": jnp.asarray(rng.normal(size=3))} for n in ("backbone", "energy", "xtb_energy")
+    }
+    ema = jax.tree.map(lambda x: x + 1.0, params)
+    moments = jax.tree.map(jnp.ones_like, ADAM.init(params))
+    found = next_stage(TrainState(params, ema, moments, jnp.asarray(7, jnp.int32)))
+    assert int(found.step) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.optimizer))
+    for tree in (found.params, found.ema):
+        np.testing.assert_array_equal(tree["backbone"]["w"], ema["backbone"]["w"])
+        np.testing.assert_array_equal(tree["energy"]["w"], ema["xtb_energy"]["w"])
+    arrays = jax.tree.leaves(found)  # a step takes them over: no two may share memory
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+    without = {n: params[n] for n in ("backbone", "energy")}
+    kept = next_stage(TrainState(without, without, ADAM.init(without), jnp.asarray(7, jnp.int32)))
+    np.testing.assert_array_equal(kept.params["energy"]["w"], without["energy"]["w"])
 
 
 def test_a_step_keeps_shapes_and_types():

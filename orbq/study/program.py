@@ -24,7 +24,6 @@ from orbq.ablate import (
     keep_best,
     over_params,
     over_runs,
-    restart,
     start_selection,
 )
 from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
@@ -36,7 +35,7 @@ from orbq.preprocess.pack import Packer
 from orbq.preprocess.prefetch import prefetch
 from orbq.stages import Stage, make_stages
 from orbq.study.plan import Program, RunSpec, settings_of
-from orbq.train import Hyper, TrainState, make_evaluate, make_init, make_train_step
+from orbq.train import Hyper, TrainState, make_evaluate, make_init, make_train_step, next_stage
 
 CRITERION = "energy_mae_meV"  # of the validation split: what stops a run
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
@@ -121,7 +120,7 @@ class Training:
         self._begin()
         for index in range(self.place.stage, len(self.stages)):
             if index > self.place.stage:
-                self.state = self._spread(restart(self.state))
+                self.state = self._spread(next_stage(self.state))
                 p = self.place
                 p.stage, p.step, p.epoch, p.batch = index, 0, 0, 0
                 p.counted, p.loss_sums = 0, []
