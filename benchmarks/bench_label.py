@@ -1,20 +1,24 @@
 """How fast structures are labelled, as ratios within one run.
 
-    python benchmarks/bench_label.py                    # about 12 minutes on 2 idle cores
-    python benchmarks/bench_label.py --rounds 3         # on a busy machine
-    python benchmarks/bench_label.py --every 5          # a sample, about 3 minutes
+    python benchmarks/bench_label.py                          # about 18 minutes on 2 idle cores
+    python benchmarks/bench_label.py --sets qm7 --rounds 3    # one or two processes: 6 minutes
+    python benchmarks/bench_label.py --every 5                # a sample, about 4 minutes
+    python benchmarks/bench_label.py --blas off auto libmkl_rt.so.3    # one library by its path
 
 For tmQMg's 479 complexes and every second molecule of QM7 (the embedded tmc where these are not at
-hand), with tblite's own BLAS and with the one that `orbq preprocess` finds:
+hand), with tblite's own BLAS and with the one that `orbq preprocess` finds, or as --blas says:
 
     bare    a loop over plain tblite calls with the same settings, energy, gradient, P and S
+    both    two such loops at once, each over all structures: what the machine itself can do
     orbq    `orbq preprocess` with one process, reading and checksums left out
     two     the same with two processes
 
 Throughput is structures per second of CPU time, summed over all processes, because it does not
-depend on what else the machine does; the gain of the second process needs wall-clock time and is
-printed with the load average, since it says little on a busy machine. The start of the labelling
-process (imports) is measured on a single structure and subtracted from both times.
+depend on what else the machine does. The gain of the second process needs wall-clock time and is
+printed with the load average, since it says little on a busy machine, and with the gain of the
+second bare loop, the machine's limit. "processors" is CPU time over wall-clock time of the two
+processes, 2 when neither core ever waits. The start of the labelling process (imports) is measured
+on a single structure and subtracted from all times.
 Expected: orbq/bare at least 0.97; fast/own BLAS at least 1.8 on tmQMg, populations equal to 1e-10;
 two processes at least 1.9 times one on an idle machine; every complex labelled or masked, and
 the charge-collapsed ABEVAG (La) rescued at 1000 K.
@@ -102,19 +106,21 @@ def orbq(source: str, out: str, blas: str, workers: int) -> dict[str, Any]:
     """`orbq preprocess`, from the first chunk to the end of the labelling processes."""
     from orbq.preprocess.label import Progress, Resources, preprocess
 
-    marks: dict[str, tuple[float, float]] = {}
+    marks: dict[str, tuple[float, float, float]] = {}
 
     def mark(progress: Progress) -> None:
-        marks.setdefault(progress.phase, (cpu_seconds(), time.perf_counter()))
+        now = cpu_seconds(), time.perf_counter(), time.process_time()
+        marks.setdefault(progress.phase, now)
 
     resources = Resources(workers=workers, blas=blas)
     dataset = preprocess([source], out, resources=resources, on_progress=mark)
-    cpu, wall = (
+    cpu, wall, own = (
         after - before for before, after in zip(marks["label"], marks["store"], strict=True)
     )
     return {
         "cpu": cpu,
         "wall": wall,
+        "own_cpu": own,
         "structures": len(dataset),
         "blas": dataset.manifest["blas"][0],
         "counts": dataset.manifest["counts"],
@@ -123,17 +129,33 @@ def orbq(source: str, out: str, blas: str, workers: int) -> dict[str, Any]:
 
 def in_process(blas: str, *arguments: str) -> dict[str, Any]:
     """Run one measurement of this file in a fresh process with one thread."""
+    return answer(started(blas, *arguments))
+
+
+def started(blas: str, *arguments: str) -> subprocess.Popen[str]:
+    """The fresh process at work."""
     preload = find_blas(blas) if arguments[0] == "bare" else None
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, __file__, "--measure", *arguments],
         env=environment(preload),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it measured."""
+    out, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(errors)
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def two_at_once(blas: str, source: str) -> dict[str, Any]:
+    """Two bare loops at the same time; the slower one counts."""
+    both = [answer(p) for p in [started(blas, "bare", source) for _ in range(2)]]
+    return max(both, key=lambda run: float(run["wall"]))
 
 
 # --------------------------------------------------------------------------- the comparison
@@ -150,28 +172,46 @@ def sample(name: str, every: int, directory: Path) -> Path:
     return directory / f"{name}.extxyz"
 
 
-def compare(name: str, every: int, rounds: int, directory: Path) -> dict[str, Any]:
+def compare(
+    name: str, every: int, rounds: int, libraries: list[str], directory: Path
+) -> dict[str, Any]:
     """All measurements on one set, in turns; the fastest of each kind counts."""
     source = str(sample(name, every, directory))
     single = source.replace(".extxyz", "-one.extxyz")
     out: dict[str, Any] = {"set": name}
-    for blas in ("off", "auto"):
-        runs: dict[str, list[dict[str, Any]]] = {"start": [], "bare": [], "1": [], "2": []}
+    made: list[Dataset] = []
+    for number, blas in enumerate(libraries):
+        kinds = ("start", "bare", "both", "1", "2")
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for turn in range(rounds):
-            place = f"{directory}/{name}-{blas}-{turn}"
+            place = f"{directory}/{name}-{number}-{turn}"
             runs["start"].append(in_process(blas, "orbq", single, f"{place}-0", blas, "1"))
             runs["bare"].append(in_process(blas, "bare", source))
+            runs["both"].append(two_at_once(blas, source))
             for workers in ("1", "2"):
                 to = f"{place}-{workers}"
                 runs[workers].append(in_process(blas, "orbq", source, to, blas, workers))
-        out[blas] = ratios(runs)
-    own, fast = (Dataset.open(directory / f"{name}-{blas}-0-1") for blas in ("off", "auto"))
-    onsite = [np.asarray(dataset["onsite"]) for dataset in (own, fast)]
-    difference = orbital_charges(onsite[0]) - orbital_charges(onsite[1])
-    out["fast/own"] = out["auto"]["orbq_per_cpu_s"] / out["off"]["orbq_per_cpu_s"]
-    out["largest_population_difference"] = float(np.abs(difference).max())
-    out["largest_atomic_charge"] = float(np.abs(atomic_charges(onsite[0])).max())
+        made.append(Dataset.open(directory / f"{name}-{number}-0-1"))
+        first = out[libraries[0]] if made[1:] else None
+        out[blas] = {**ratios(runs), **beside(first, runs, made)}
+    out["largest_atomic_charge"] = float(
+        np.abs(atomic_charges(np.asarray(made[0]["onsite"]))).max()
+    )
     return out
+
+
+def beside(
+    first: dict[str, Any] | None, runs: dict[str, list[dict[str, Any]]], made: list[Dataset]
+) -> dict[str, Any]:
+    """Speed and populations of one library beside those of the first."""
+    if first is None:
+        return {}
+    onsite = [np.asarray(dataset["onsite"]) for dataset in (made[0], made[-1])]
+    difference = orbital_charges(onsite[0]) - orbital_charges(onsite[1])
+    return {
+        "over_first": ratios(runs)["orbq_per_cpu_s"] / first["orbq_per_cpu_s"],
+        "largest_population_difference": float(np.abs(difference).max()),
+    }
 
 
 def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -180,7 +220,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     def best(kind: str, clock: str) -> float:
         least = min(float(run[clock]) for run in runs[kind])
         start = min(float(run[clock]) for run in runs["start"])
-        return least if kind == "bare" else least - start
+        return least if kind in ("bare", "both") else least - start
 
     one = runs["1"][0]
     n = one["structures"]
@@ -191,6 +231,10 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "orbq_per_cpu_s": n / best("1", "cpu"),
         "orbq/bare": best("bare", "cpu") / best("1", "cpu"),
         "two/one_wall": best("1", "wall") / best("2", "wall"),
+        "two/one_bare_wall": 2 * best("bare", "wall") / best("both", "wall"),
+        "two/one_cpu": best("1", "cpu") / best("2", "cpu"),
+        "processors_of_two": max(run["cpu"] / run["wall"] for run in runs["2"]),
+        "job_process_cpu_share": min(run["own_cpu"] / run["cpu"] for run in runs["1"]),
         "bare_failed": runs["bare"][0]["failed"],
         "counts": one["counts"],
         "load": os.getloadavg()[0],
@@ -199,24 +243,31 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the ratios of one set."""
-    print(f"{found['set']}: {found['off']['counts']['structures']} structures")
-    for blas in ("off", "auto"):
-        r = found[blas]
-        print(
-            f"  {r['blas']}: bare {r['bare_per_cpu_s']:.1f}/s, orbq {r['orbq_per_cpu_s']:.1f}/s "
-            f"per core, ratio {r['orbq/bare']:.3f}; 2 processes {r['two/one_wall']:.2f} x 1 "
-            f"(load {r['load']:.1f}); start-up {r['start-up_s']:.2f} s"
-        )
+    for r in found.values():
+        if not isinstance(r, dict):
+            continue
         counts = r["counts"]
         print(
-            f"    labelled {counts['labels']['onsite']}, masked {counts['without_xtb']}, rescued "
+            f"{found['set']}, {counts['structures']} structures, {r['blas']}: "
+            f"bare {r['bare_per_cpu_s']:.1f}/s, orbq {r['orbq_per_cpu_s']:.1f}/s per core, ratio "
+            f"{r['orbq/bare']:.3f}; start-up {r['start-up_s']:.2f} s"
+        )
+        print(
+            f"  2 processes {r['two/one_wall']:.2f} x 1, two bare loops "
+            f"{r['two/one_bare_wall']:.2f} x 1 (load {r['load']:.1f}); "
+            f"{r['processors_of_two']:.2f} processors; CPU of one over two {r['two/one_cpu']:.3f}; "
+            f"job process {r['job_process_cpu_share']:.1%} of the CPU"
+        )
+        print(
+            f"  labelled {counts['labels']['onsite']}, masked {counts['without_xtb']}, rescued "
             f"{counts['rescued'] or 'none'}; the bare loop failed on {r['bare_failed']}"
         )
-    print(
-        f"  fast/own BLAS {found['fast/own']:.2f}; populations differ by at most "
-        f"{found['largest_population_difference']:.1e}; largest atomic charge "
-        f"{found['largest_atomic_charge']:.2f} e"
-    )
+        if "over_first" in r:
+            print(
+                f"  {r['over_first']:.2f} x the first library; populations differ by at most "
+                f"{r['largest_population_difference']:.1e}"
+            )
+    print(f"  largest atomic charge {found['largest_atomic_charge']:.2f} e")
 
 
 def main() -> None:
@@ -224,6 +275,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--every", type=int, default=1, help="use every n-th structure")
     parser.add_argument("--rounds", type=int, default=1, help="repetitions; the fastest counts")
+    parser.add_argument(
+        "--blas",
+        nargs="+",
+        default=["off", "auto"],
+        help="off, auto or paths; the first is the base",
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -235,7 +292,7 @@ def main() -> None:
         else:
             print(json.dumps(orbq(source, options[0], options[1], int(options[2]))))
         return
-    if find_blas("auto") is None:
+    if "auto" in given.blas and find_blas("auto") is None:
         print(f"no fast BLAS found here: both columns are {BUNDLED} (apt install libopenblas0)")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -252,7 +309,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.sets:
-            found = compare(name, given.every, given.rounds, Path(scratch))
+            found = compare(name, given.every, given.rounds, given.blas, Path(scratch))
             show(found)
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as results:

@@ -11,19 +11,16 @@ from pathlib import Path
 import ase.io
 import pytest
 
-from orbq.errors import OrbqError
 from orbq.preprocess.label import preprocess
 from tests.test_label import TWO, fingerprint, molecules
 
 ROOT = Path(__file__).parents[1]
-TOLD = r"set: no room left on the disk .*make room and run the same command again to go on"
 
 # Makes a set in a file system of its own that is 32 kB large, and 8 kB larger after each failure.
 # Prints what it was told, whether the structures had been read, and the journal's length.
 GROWING = """
 import json, subprocess, sys
 from pathlib import Path
-from orbq.errors import OrbqError
 from orbq.preprocess import job, label, schedule
 from tests.test_label import fingerprint
 job.COMMIT_EVERY, schedule.SHORTEST = 0.0, 1e-3
