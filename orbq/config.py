@@ -159,6 +159,7 @@ class Training(Section):
     seed: CountOrZero = 0
     batch_size: Count = 8
     batches_per_update: CountOrZero = 0
+    rotate: Literal["none", "proper", "improper"] = "none"
     n_steps: Count = 5000
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
     warmup_steps: CountOrZero = 100

@@ -292,7 +292,7 @@ def _budget(pools: Mapping[str, Pool], batch_size: float) -> Budget:
 
 
 def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
-    """Packer of a pool with every label of the loss."""
+    """Packer of a pool with every label of the loss; it rotates the batches of a named epoch."""
     return Packer(
         pool,
         data.budget,
@@ -300,6 +300,7 @@ def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
         references=data.references,
         seed=config.training.seed,
         dtype=np.dtype(config.training.precision),
+        rotate=config.training.rotate,
     )
 
 

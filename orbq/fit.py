@@ -272,7 +272,7 @@ class _Loop:
             for number in range(start, -(-len(plan) // parts)):
                 items = plan[number * parts : (number + 1) * parts]
                 items += [nothing] * (parts - len(items))
-                packed = [to_batch(packer.batch(items[part])) for part in self.layout.mine]
+                packed = [to_batch(packer.batch(items[part], epoch)) for part in self.layout.mine]
                 batch = devices.spread(self.layout, packed)
                 yield Update(epoch, number, np.concatenate(items), batch)
             epoch, start = epoch + 1, 0

@@ -20,6 +20,7 @@ from orbq.preprocess.plan import Budget, Fill, check_fits, choose_budget, fill_r
 from orbq.preprocess.pool import Part, Pool, part_labels
 from orbq.preprocess.prefetch import prefetch
 from orbq.preprocess.references import References
+from orbq.preprocess.rotate import ROTATE, Turn, random_rotations, turned
 from orbq.schema import FIELDS
 from orbq.targets import TARGETS
 
@@ -79,7 +80,7 @@ class _Place(NamedTuple):
     """Where the structures of one part go in a batch, and where they come from.
 
     part: index in the pool. rows: [m] structures of its data set; atoms, near: their atoms and
-    edges in its flat arrays. structures, nodes, edges: slices of the batch.
+    edges in its flat arrays. structures, nodes, edges: slices of the batch. turn: of its frames.
     """
 
     part: int
@@ -89,6 +90,7 @@ class _Place(NamedTuple):
     structures: slice
     nodes: slice
     edges: slice
+    turn: Turn | None
 
 
 class Packer:
@@ -96,10 +98,11 @@ class Packer:
 
     pool, budget: what to pack into what. targets: names of what is fitted: "energy", "forces",
     "stress", "xtb_energy", "xtb_forces" or a name of ``targets.TARGETS``. references: reference
-    energies for each of the ENERGIES among them. dtype: float32 or float64 of the batches.
+    energies for each of the ENERGIES among them. dtype: float32 or float64 of the batches. rotate:
+    one of rotate.ROTATE, how the structures of an epoch's batches are turned.
 
-    Raises InputError for an unknown target, energies without references, or a structure larger
-    than the budget.
+    Raises InputError for an unknown target or rotation, energies without references, or a structure
+    larger than the budget.
     """
 
     def __init__(
@@ -110,7 +113,11 @@ class Packer:
         references: Mapping[str, References] | None = None,
         seed: int = 0,
         dtype: Any = np.float32,
+        rotate: str = "none",
     ) -> None:
+        if rotate not in ROTATE:
+            raise InputError(f"unknown rotation {rotate!r}; known: {', '.join(ROTATE)}")
+        self.rotate = rotate
         self.pool, self.budget, self.targets = pool, budget, tuple(targets)
         self.references = dict(references or {})
         self.seed, self.dtype = int(seed), np.dtype(dtype)
@@ -172,10 +179,12 @@ class Packer:
         mine = plan[which::of]
         mine += [np.zeros(0, np.int64)] * ((n_batches or length) - len(mine))
         for items in mine[start_batch:]:
-            yield self.batch(items)
+            yield self.batch(items, epoch)
 
-    def batch(self, items: np.ndarray) -> PackedBatch:
+    def batch(self, items: np.ndarray, epoch: int | None = None) -> PackedBatch:
         """These structures of the pool as one batch, in ascending order.
+
+        epoch: whose random rotations they get, if the packer rotates; None for the stored frames.
 
         Raises InputError when they do not fit the budget.
         """
@@ -185,6 +194,7 @@ class Packer:
         m = len(items)
         n_node, n_edge = self.pool.n_nodes[items], self.pool.n_edges[items]
         node_ends, edge_ends = np.cumsum([0, *n_node]), np.cumsum([0, *n_edge])
+        matrices = self._rotations(items, epoch)
         batch.index[:m], batch.mask[:m] = items, True
         for sizes, real, padded in zip(
             (batch.n_node, batch.n_edge), (n_node, n_edge), self.budget[:2], strict=True
@@ -196,12 +206,20 @@ class Packer:
             atoms = span(self._arrays[part]["offsets"][rows], n_node[a:b])
             near = span(self.pool.edges[part].offsets[rows], n_edge[a:b])
             nodes, edges = slice(node_ends[a], node_ends[b]), slice(edge_ends[a], edge_ends[b])
-            place = _Place(part, rows, atoms, near, some, nodes, edges)
+            turn = None
+            if matrices is not None:
+                turn = Turn(matrices[some], np.repeat(np.arange(b - a), n_node[a:b]))
+            place = _Place(part, rows, atoms, near, some, nodes, edges, turn)
             self._put_inputs(batch, place)
             self._put_edges(batch, place, node_ends[a:b])
             for name in self.targets:
                 self._put_target(batch, place, name)
         return batch
+
+    def _rotations(self, items: np.ndarray, epoch: int | None) -> np.ndarray | None:
+        if self.rotate == "none" or epoch is None:
+            return None
+        return random_rotations(self.seed, epoch, items, self.rotate == "improper")
 
     def _empty(self) -> PackedBatch:
         n, e, m = self.budget
@@ -232,12 +250,13 @@ class Packer:
 
     def _put_inputs(self, batch: PackedBatch, place: _Place) -> None:
         arrays, gather = self._arrays[place.part], self._gather[place.part]
-        batch.positions[place.nodes] = gather["positions"](place.atoms)
+        positions = gather["positions"](place.atoms)
+        batch.positions[place.nodes] = turned("positions", positions, place.turn)
         batch.numbers[place.nodes] = gather["numbers"](place.atoms)
         batch.total_charge[place.structures] = arrays["total_charge"][place.rows]
         batch.spin_multiplicity[place.structures] = arrays["spin_multiplicity"][place.rows]
         if "cell" in arrays:
-            batch.cell[place.structures] = arrays["cell"][place.rows]
+            batch.cell[place.structures] = turned("cell", arrays["cell"][place.rows], place.turn)
 
     def _put_edges(self, batch: PackedBatch, place: _Place, first_node: np.ndarray) -> None:
         gather, n_edge = self._gather[place.part], place.near.counts
@@ -246,9 +265,10 @@ class Packer:
         batch.receivers[place.edges] = base + gather["/receivers"](place.near)
         batch.shifts[place.edges] = 0.0
         if "/images" in gather:
-            cell = np.repeat(self._arrays[place.part]["cell"][place.rows], n_edge, axis=0)
+            cell = turned("cell", self._arrays[place.part]["cell"][place.rows], place.turn)
             images = gather["/images"](place.near)
-            batch.shifts[place.edges] = np.einsum("ei,eij->ej", images, cell)
+            cells = np.repeat(cell, n_edge, axis=0)
+            batch.shifts[place.edges] = np.einsum("ei,eij->ej", images, cells)
 
     def _put_target(self, batch: PackedBatch, place: _Place, name: str) -> None:
         """Write one target and its mask; both stay 0 and False where a structure lacks it."""
@@ -263,6 +283,7 @@ class Packer:
             values = {field: self._gather[place.part][field](place.atoms) for field in fields}
         else:
             values = {field: arrays[field][place.rows] for field in fields}
+        values = {field: turned(field, array, place.turn) for field, array in values.items()}
         numbers = batch.numbers[place.nodes]
         if name in ENERGIES:
             charge = arrays["total_charge"][place.rows]

@@ -187,7 +187,7 @@ class Training:
                 stage.pool, stage.n_labelled, stage.share, self.data.budget, seed, epoch
             )
             for number in range(start, len(plan)):
-                yield epoch, number, to_batch(packer.batch(plan[number]))
+                yield epoch, number, to_batch(packer.batch(plan[number], epoch))
             epoch, start = epoch + 1, 0
 
     def _hyper(self, stage: Stage) -> Hyper:
