@@ -18,13 +18,14 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from orbq.ensemble import SPREAD, Ensemble, combined
 from orbq.errors import InputError
 from orbq.inference import (
     BatchPredictor,
     Predicted,
     atomic_charges,
     orbital_charges,
-    predict_structures,
+    predict_members,
     shell_charges,
 )
 from orbq.preprocess.check import check
@@ -34,6 +35,7 @@ from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
 PARTIAL = ".partial"
+RESULTS = ("energy", "forces", "charges")  # what ASE has a name for
 RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -50,18 +52,21 @@ class Refused(NamedTuple):
 
 
 def annotate(
-    run: Run, sources: Sequence[Source], charges: bool = False, batch_size: int = 16
+    run: Run | Ensemble, sources: Sequence[Source], charges: bool = False, batch_size: int = 16
 ) -> Iterator[Atoms | Refused]:
     """Every structure of the files with its predictions, in their order, in constant memory.
 
     Energy and forces are set as the calculator's results; with ``charges`` also the atomic charges,
-    and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has them.
+    and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has them. An
+    ensemble's predictions are means; the spread is in ``info["energy_std"]`` and the arrays
+    ``forces_std``, ``charges_std``, ...
 
     Raises InputError for charges of a run without a charge target, and when a whole file is at
     fault.
     """
     target = charge_target(run) if charges else None
-    predictor = BatchPredictor(run, (target,) if target else ())
+    runs = run.runs if isinstance(run, Ensemble) else (run,)
+    predictors = [BatchPredictor(member, (target,) if target else ()) for member in runs]
     waiting: deque[Atoms] = deque()
     refused: deque[Refused] = deque()
 
@@ -75,14 +80,15 @@ def annotate(
                     waiting.append(frame.atoms)
                     yield found
 
-    for predicted in predict_structures(predictor, usable(), batch_size):
+    for members in predict_members(predictors, usable(), batch_size):
         while refused:
             yield refused.popleft()
-        yield _annotated(waiting.popleft(), predicted, target)
+        results = [_results(member, target) for member in members]
+        yield _annotated(waiting.popleft(), results[0] if len(runs) == 1 else combined(results))
     yield from refused
 
 
-def charge_target(run: Run) -> str:
+def charge_target(run: Run | Ensemble) -> str:
     """The target that charges are taken from. Raises InputError when the run has none."""
     for name in CHARGE_TARGETS:
         if name in run.targets:
@@ -93,7 +99,7 @@ def charge_target(run: Run) -> str:
     )
 
 
-def _structure(run: Run, source: Source, frame: Frame) -> Structure | Refused:
+def _structure(run: Run | Ensemble, source: Source, frame: Frame) -> Structure | Refused:
     if frame.atoms is None:
         return Refused(source.name, frame.number, frame.reason)
     try:
@@ -107,19 +113,27 @@ def _structure(run: Run, source: Source, frame: Frame) -> Structure | Refused:
     return Refused(source.name, frame.number, reason) if reason else structure
 
 
-def _annotated(atoms: Atoms, predicted: Predicted, target: str | None) -> Atoms:
-    results: dict[str, Any] = {"energy": predicted.energy}
-    results["forces"] = np.asarray(predicted.forces, np.float64)
+def _results(predicted: Predicted, target: str | None) -> dict[str, Any]:
+    """Everything that is written of one structure, by name."""
+    out: dict[str, Any] = {"energy": predicted.energy}
+    out["forces"] = np.asarray(predicted.forces, np.float64)
     if target is not None:
         values = predicted.targets[target]
-        results["charges"] = atomic_charges(target, values)
-        for name, derive in (
-            ("orbital_charges", orbital_charges),
-            ("shell_charges", shell_charges),
-        ):
+        out["charges"] = atomic_charges(target, values)
+        for name, derive in RESOLVED_CHARGES.items():
             if (found := derive(target, values)) is not None:
-                atoms.arrays[name] = found
-    atoms.calc = SinglePointCalculator(atoms, **results)
+                out[name] = found
+    return out
+
+
+def _annotated(atoms: Atoms, results: dict[str, Any]) -> Atoms:
+    known = {name: results[name] for name in RESULTS if name in results}
+    atoms.calc = SinglePointCalculator(atoms, **known)
+    for name, value in results.items():
+        if name == "energy" + SPREAD:
+            atoms.info[name] = value
+        elif name not in known:
+            atoms.arrays[name] = value
     return atoms
 
 
@@ -172,13 +186,12 @@ class Writer:
 
             write_xyz(self._stream, [atoms])
         elif self.format == "traj":
-            self._stream.write(atoms)
+            self._stream.write(_with_arrays_in_info(atoms))
         elif self.format == "db":
             from ase.db import connect
 
-            arrays = {n: v for n, v in atoms.arrays.items() if n in RESOLVED_CHARGES}
             with connect(str(self.partial), type="db") as database:
-                database.write(atoms, data={**_plain(atoms.info), **arrays})
+                database.write(atoms, data=_plain(_with_arrays_in_info(atoms).info))
         else:
             self._collected.append(atoms)
 
@@ -199,6 +212,15 @@ class Writer:
 
             ase.io.write(self.partial, self._collected, format=self.format)
         self.partial.replace(self.path)
+
+
+def _with_arrays_in_info(atoms: Atoms) -> Atoms:
+    """For formats that keep ``info`` but no arrays of other names than ASE's own."""
+    found = {n: v for n, v in atoms.arrays.items() if n in RESOLVED_CHARGES or n.endswith(SPREAD)}
+    out = atoms.copy()
+    out.info.update(found)
+    out.calc = atoms.calc
+    return out
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Predictions of many structures: packed batches of one shape, so that little is compiled.
 
 ``predict_pool`` runs over the structures of data sets, ``predict_structures`` over a stream of
-structures of any length, in constant memory.
+structures of any length, in constant memory, ``predict_members`` with several runs at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orbq.schema import Structure
 from orbq.targets import TARGETS
 
 CHUNK_BATCHES = 16  # batches per chunk of a stream: enough to pack well, little to hold
-_GROWTH = 1.25  # of a budget that a later chunk of a stream does not fit
+_SMALLEST, _LARGEST = 0.5, 2.5  # edges of a kept budget over those asked for
 
 RESOLVED = ("onsite", "density", "orbital")  # targets that hold the ten orbital charges
 
@@ -64,6 +64,7 @@ class BatchPredictor:
             return predict(run.potential, params, positions, graph, self.targets)
 
         self._program = Counted(program)
+        self._budgets: dict[int, list[Budget]] = {}  # by batch size
 
     @property
     def compilations(self) -> int:
@@ -71,30 +72,55 @@ class BatchPredictor:
         return self._program.compilations
 
     def __call__(self, packed: PackedBatch) -> Prediction:
-        """The prediction as NumPy arrays, padding included, without reference energies."""
+        """The prediction, padding included, without reference energies; JAX arrays that may still
+        be on their way."""
         batch = to_batch(packed)
-        out: Prediction = jax.device_get(
-            self._program(self.run.params, batch.positions, batch.graph)
-        )
+        out: Prediction = self._program(self.run.params, batch.positions, batch.graph)
         return out
+
+    def chunk(self, chunk: Sequence[Structure], pool: Pool, batch_size: int) -> list[Predicted]:
+        """Predictions of the structures of ``pool``, which are those of ``chunk``, in its order."""
+        known = self._budgets.setdefault(batch_size, [])
+        budget = budget_of(pool, batch_size, known)
+        if budget not in known:
+            known.append(budget)
+        found: dict[int, Predicted] = {}
+        for packed, out in predict_pool(self, pool, budget):
+            ends = np.cumsum(packed.n_node)
+            for place, item in enumerate(packed.index[packed.mask].tolist()):
+                atoms = slice(int(ends[place] - packed.n_node[place]), int(ends[place]))
+                found[item] = _one(self.run, chunk[item], out, place, atoms)
+        return [found[i] for i in range(len(chunk))]
 
 
 def predict_pool(
     predictor: BatchPredictor, pool: Pool, budget: Budget
 ) -> Iterator[tuple[PackedBatch, Prediction]]:
-    """Every structure of a pool once, in batches; ``index`` of a batch tells which ones."""
+    """Every structure of a pool once, in batches, as NumPy arrays; ``index`` of a batch tells which
+    ones. The device computes one batch while the one before is read and the next one is packed."""
     packer = Packer(pool, budget, targets=(), dtype=predictor.dtype)
+    ahead: tuple[PackedBatch, Prediction] | None = None
     for packed in prefetch(map(packer.batch, packer.plan(0))):
-        yield packed, predictor(packed)
+        begun = packed, predictor(packed)
+        if ahead is not None:
+            yield jax.device_get(ahead)
+        ahead = begun
+    if ahead is not None:
+        yield jax.device_get(ahead)
 
 
-def budget_of(pool: Pool, batch_size: float, known: Budget | None = None) -> Budget:
-    """A budget for ``batch_size`` structures; ``known`` as long as every structure fits it."""
+def budget_of(pool: Pool, batch_size: float, known: Sequence[Budget] = ()) -> Budget:
+    """A budget for ``batch_size`` structures a batch on average.
+
+    It is the tightest of ``known`` that every structure fits and that is not far from what is asked
+    for, so that another one, and with it a compilation, comes only with structures of another kind.
+    """
     largest = np.array([pool.n_nodes.max() + 1, pool.n_edges.max() + 1, 2])
-    if known is not None:
-        short = largest > np.array(known)
-        grown = np.where(short, np.ceil(_GROWTH * largest), known)
-        return Budget(*grown.astype(int).tolist())
+    wanted = batch_size * max(float(pool.n_edges.mean()), 1.0)
+    least = _SMALLEST * min(wanted, pool.n_edges.sum())
+    for budget in sorted(known, key=lambda b: b.n_edge):
+        if (largest <= np.array(budget)).all() and least < budget.n_edge < _LARGEST * wanted:
+            return budget
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # crowded batches matter in training alone
         return measure_budget(pool, batch_size)
@@ -128,28 +154,29 @@ class StructureSet:
 def predict_structures(
     predictor: BatchPredictor, structures: Iterable[Structure], batch_size: int = 16
 ) -> Iterator[Predicted]:
-    """Predictions of a stream of structures, in its order.
+    """Predictions of a stream of structures, in its order, in constant memory.
 
-    Structures are taken in chunks; a new shape is compiled only when one comes that is larger than
-    any batch so far. They must have passed ``Run.structure``.
+    Structures are taken in chunks; a new shape is compiled only when they no longer suit the one
+    before (``budget_of``). They must have passed ``Run.structure``.
     """
-    stream, budget = iter(structures), None
+    for (predicted,) in predict_members([predictor], structures, batch_size):
+        yield predicted
+
+
+def predict_members(
+    predictors: Sequence[BatchPredictor], structures: Iterable[Structure], batch_size: int = 16
+) -> Iterator[tuple[Predicted, ...]]:
+    """As ``predict_structures``, by several runs: their predictions of one structure together."""
+    stream = iter(structures)
     while chunk := list(islice(stream, CHUNK_BATCHES * batch_size)):
-        pool = Pool([Part(StructureSet(chunk))], predictor.run.potential.architecture.cutoff)
-        budget = budget_of(pool, batch_size, budget)
-        yield from _chunk(predictor, chunk, pool, budget)
-
-
-def _chunk(
-    predictor: BatchPredictor, chunk: list[Structure], pool: Pool, budget: Budget
-) -> list[Predicted]:
-    found: dict[int, Predicted] = {}
-    for packed, out in predict_pool(predictor, pool, budget):
-        ends = np.cumsum(packed.n_node)
-        for place, item in enumerate(packed.index[packed.mask].tolist()):
-            atoms = slice(int(ends[place] - packed.n_node[place]), int(ends[place]))
-            found[item] = _one(predictor.run, chunk[item], out, place, atoms)
-    return [found[i] for i in range(len(chunk))]
+        pools: dict[float, Pool] = {}
+        found = []
+        for predictor in predictors:
+            cutoff = predictor.run.potential.architecture.cutoff
+            if cutoff not in pools:
+                pools[cutoff] = Pool([Part(StructureSet(chunk))], cutoff)
+            found.append(predictor.chunk(chunk, pools[cutoff], batch_size))
+        yield from zip(*found, strict=True)
 
 
 def _one(run: Run, structure: Structure, out: Prediction, place: int, atoms: slice) -> Predicted:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,24 +33,27 @@ from orbq.models.potential import (
     predict,
 )
 from orbq.orbitals import GFN1, SYMBOLS
+from orbq.preprocess.form import read_json
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
 from orbq.preprocess.store import write_atomically
+from orbq.run_form import fault, read_statistics
 from orbq.schema import Structure
-from orbq.targets import Statistics
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from orbq.inference import BatchPredictor
 
 RUN_VERSION = 1
 RUN_FILE = "run.json"
 STATISTICS_FILE = "statistics.npz"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-# what reading a truncated or edited run.json or .npz raises
-_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile)
+# what building a potential of an edited run.json raises
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
 
 class Run:
@@ -145,6 +147,13 @@ class Run:
         return float(references.of(structure.numbers, structure.total_charge))
 
     @cached_property
+    def batches(self) -> BatchPredictor:
+        """The compiled program that ``predict`` sends many structures through."""
+        from orbq.inference import BatchPredictor
+
+        return BatchPredictor(self, self.targets)
+
+    @cached_property
     def _predict(self) -> Any:
         targets = self.targets
 
@@ -153,14 +162,54 @@ class Run:
 
         return jax.jit(evaluate)
 
-    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]:
-        """Total energy (eV, with references), forces [N, 3] (eV/Å), charges of a structure."""
+    @overload
+    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]: ...
+
+    @overload
+    def predict(
+        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def predict(self, atoms: Any, batch_size: int = 16) -> Any:
+        """Total energy (eV, with references), forces [N, 3] (eV/Å) and charge targets [N, k].
+
+        atoms: one structure, for one dict; or a list or any other iterable of them, for an iterator
+        of dicts in the same order. Structures are taken as results are asked for, in batches of one
+        shape with ``batch_size`` structures on average: a stream of any length needs constant
+        memory. Raises InputError for a structure that the run cannot take, naming its place.
+        """
+        if not is_one(atoms):
+            return self._predict_many(atoms, batch_size)
         structure = self.structure(atoms)
         positions, graph = self.graph(structure)
         out = self._predict(self.params, positions, graph)
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}
         return {"energy": energy, "forces": np.asarray(out.forces), **charges}
+
+    def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+        from orbq.inference import predict_structures
+
+        for found in predict_structures(self.batches, usable(self, many), batch_size):
+            yield {"energy": found.energy, "forces": found.forces, **found.targets}
+
+
+def is_one(atoms: Any) -> bool:
+    """Whether this is one structure, not several."""
+    from ase import Atoms
+
+    return isinstance(atoms, Atoms | Structure)
+
+
+def usable(run: Any, many: Iterable[Atoms | Structure]) -> Iterator[Structure]:
+    """The checked structures. Raises InputError naming the first that ``run`` cannot take."""
+    for place, atoms in enumerate(many):
+        try:
+            structure = run.structure(atoms)
+            run.reference_energy(structure)
+        except InputError as error:
+            raise InputError(f"structure {place}: {error}") from error
+        yield structure
 
 
 def _symbol(z: int) -> str:
@@ -206,16 +255,17 @@ def read_description(directory: Path) -> dict[str, Any]:
     """run.json of a run. Raises InputError when it is not one, or of another version."""
     path = directory / RUN_FILE
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path, {"run_version": int})
         version = info["run_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{directory} is not a run directory ({path.name}: {error}); make one with `orbq train`"
         ) from error
     if version != RUN_VERSION:
         raise InputError(
-            f"{directory} was written by run format {version}, this orbq reads {RUN_VERSION}: "
-            "use the orbq version named in its run.json, or train again"
+            f"{directory} was written by run format {version} (orbq "
+            f"{info.get('orbq_version', 'unknown')}), this orbq reads {RUN_VERSION}: use that "
+            "version of orbq, or train again"
         )
     return dict(info)
 
@@ -233,6 +283,8 @@ def load(path: str | Path) -> Run:
     info = read_description(directory)
     config = stored_config(directory, info)
     try:
+        if reason := fault(info, config):
+            raise ValueError(reason)
         potential = make_potential(_architecture(info["architecture"]), _constants(directory, info))
         references = {n: References.from_json(json.dumps(t)) for n, t in info["references"].items()}
     except (*_DAMAGED, InputError) as error:
@@ -270,7 +322,7 @@ def _constants(directory: Path, info: Mapping[str, Any]) -> Constants:
         elements=tuple(stored["elements"]),
         energy_scale=stored["energy_scale"],
         avg_num_neighbors=stored["avg_num_neighbors"],
-        statistics=_statistics(directory / STATISTICS_FILE),
+        statistics=read_statistics(directory / STATISTICS_FILE, info["architecture"]["heads"]),
         method=str(stored.get("method", GFN1)),
     )
 
@@ -280,12 +332,6 @@ def _architecture(stored: Mapping[str, Any]) -> Architecture:
     fields["radial_hidden"] = tuple(fields["radial_hidden"])
     fields["heads"] = tuple((name, kind) for name, kind in fields["heads"])
     return Architecture(**fields)
-
-
-def _statistics(path: Path) -> dict[str, Statistics]:
-    with np.load(path, allow_pickle=False) as arrays:
-        names = sorted({key.split("/")[0] for key in arrays.files})
-        return {n: Statistics(arrays[f"{n}/mean"], arrays[f"{n}/scale"]) for n in names}
 
 
 def smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:

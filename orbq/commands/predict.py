@@ -22,13 +22,17 @@ SHOWN = 10  # structures that could not be predicted, in the summary
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Directory of a trained run.")],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a trained run; several, for their mean and spread.")
+    ],
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Files that ASE reads (.gz, .xz too).")
+        list[str],
+        typer.Argument(metavar="[RUN...] INPUT...", help="Files that ASE reads (.gz, .xz too)."),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="File to write; its ending says the format.")
-    ],
+        Path,
+        typer.Option("--out", "-o", help="File to write; its name says the format, as in ASE."),
+    ] = Path("predicted.extxyz"),
     charges: Annotated[
         bool,
         typer.Option(
@@ -49,20 +53,28 @@ def predict(
     (charge, spin_multiplicity; default: neutral, lowest spin). A structure that cannot be
     predicted is left out and listed; the others are not affected.
 
+    With several runs (directories before the files; same elements and charge targets) everything
+    is their mean, and the standard deviation over the runs is written beside it: energy_std of the
+    structure, forces_std and charges_std of every atom.
+
     \b
     Examples:
       orbq predict runs/demo mine.xyz --out predicted.extxyz
       orbq predict runs/demo 'md/*.traj' --out predicted.traj
       orbq predict runs/demo complexes.extxyz.gz --out charges.extxyz --charges
+      orbq predict runs/seed* mine.xyz --out mean.extxyz
     """
     from orbq.annotate import Refused, Writer, annotate
+    from orbq.ensemble import Ensemble
     from orbq.inference import open_run
     from orbq.preprocess.frames import find_sources
 
+    directories, inputs = _split(run, inputs)
     sources = find_sources(inputs)
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} exists: name another file, or replace it with --overwrite")
-    loaded = open_run(run)
+    runs = [open_run(directory) for directory in directories]
+    loaded = runs[0] if len(runs) == 1 else Ensemble(runs, [str(path) for path in directories])
     writer = Writer(out)
     refused: list[Refused] = []
     with closing(writer), _bar() as bar:
@@ -75,6 +87,17 @@ def predict(
             bar.update(task, state=_state(writer.count, len(refused)))
         writer.finish()
     _summarise(out, writer.count, refused)
+
+
+def _split(run: Path, rest: list[str]) -> tuple[list[Path], list[str]]:
+    """The runs and the files. Raises InputError when no file is among them."""
+    from orbq.run import RUN_FILE
+
+    runs = [run, *(Path(text) for text in rest if (Path(text) / RUN_FILE).is_file())]
+    files = [text for text in rest if Path(text) not in runs[1:]]
+    if not files:
+        raise InputError(f"{', '.join(map(str, runs))}: only runs; name the structure files too")
+    return runs, files
 
 
 def _bar() -> Progress:

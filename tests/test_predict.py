@@ -1,0 +1,194 @@
+"""Many structures at once: order, shapes compiled, memory; ensembles of runs and their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ase
+import ase.io
+import jax
+import numpy as np
+import pytest
+from ase.build import molecule
+from tiny_run import random_run, save_run
+from typer.testing import CliRunner
+
+import orbq
+from orbq.cli import make_app
+from orbq.errors import InputError
+from orbq.inference import BatchPredictor, predict_structures
+
+SMALL = {"lmax": 0, "n_layers": 1}
+NAMES = ("CH4", "H2O", "CH3OH", "C2H6", "CO2")
+
+
+@pytest.fixture(scope="module")
+def run() -> orbq.Run:
+    return random_run(("atomic",), **SMALL)
+
+
+def other(run: orbq.Run, factor: float = 1.1) -> orbq.Run:
+    """The same network with other parameters."""
+    params = jax.tree.map(lambda p: factor * p, run.params)
+    return orbq.Run(run.potential, params, run.config, run.references, run.info)
+
+
+@pytest.fixture(scope="module")
+def two(run) -> list[orbq.Run]:
+    return [run, other(run)]
+
+
+def distorted(n: int) -> list[ase.Atoms]:
+    rng = np.random.default_rng(0)
+    out = [molecule(NAMES[k % len(NAMES)]) for k in range(n)]
+    for atoms in out:
+        atoms.positions += 0.05 * rng.normal(size=atoms.positions.shape)
+    return out
+
+
+# --------------------------------------------------------------------------- streams
+
+
+def test_a_list_is_predicted_in_order(run):
+    structures = distorted(40)
+    found = list(run.predict(structures, batch_size=4))
+    assert len(found) == 40 and set(found[0]) == {"energy", "forces", "atomic"}
+    for k in (0, 17, 39):
+        alone = run.predict(structures[k])
+        assert found[k]["energy"] == pytest.approx(alone["energy"], abs=1e-4)  # float32
+        np.testing.assert_allclose(found[k]["forces"], alone["forces"], atol=1e-5)
+        np.testing.assert_allclose(found[k]["atomic"], alone["atomic"], atol=1e-5)
+
+
+def test_a_second_list_compiles_nothing(run):
+    list(run.predict(distorted(40), batch_size=4))
+    before = run.batches.compilations
+    list(run.predict(distorted(37)[5:], batch_size=4))
+    list(run.predict(distorted(3), batch_size=4))
+    assert run.batches.compilations == before
+
+
+def test_structures_are_taken_as_results_are_asked_for(run):
+    taken = []
+
+    def endless() -> Iterator[ase.Atoms]:
+        while True:
+            taken.append(1)
+            yield molecule("CH4")
+
+    results = run.predict(endless(), batch_size=1)
+    for _ in range(20):
+        next(results)
+    assert 20 <= len(taken) <= 64
+
+
+def test_larger_and_smaller_structures_later_in_a_stream():
+    """Each kind of structures in batches that suit it: one compilation each."""
+    run = random_run((), elements=(1, 6), **SMALL)
+    predictor = BatchPredictor(run)
+    sizes = [molecule(name) for name in ("H2", "C6H6", "CH4")]
+    structures = [run.structure(atoms) for atoms in [*sizes, *sizes] for _ in range(32)]
+    found = [p.energy for p in predict_structures(predictor, structures, batch_size=2)]
+    expected = [run.predict(atoms)["energy"] for atoms in [*sizes, *sizes]]
+    np.testing.assert_allclose(found, np.repeat(expected, 32), atol=1e-4)
+    assert predictor.compilations == 3
+
+
+def test_the_structure_at_fault_is_named(run):
+    with pytest.raises(InputError, match="structure 2: element Au was not"):
+        list(run.predict([molecule("CH4"), molecule("H2O"), ase.Atoms("Au")]))
+    assert list(run.predict([])) == []
+
+
+# --------------------------------------------------------------------------- ensembles
+
+
+def test_mean_and_spread(two):
+    structures = distorted(5)
+    ensemble = orbq.Ensemble(two)
+    members = [list(run.predict(structures)) for run in two]
+    for found, a, b in zip(ensemble.predict(structures), *members, strict=True):
+        for name in ("energy", "forces", "atomic"):
+            mean = (a[name] + b[name]) / 2
+            deviation = np.abs(np.subtract(a[name], b[name])) / 2**0.5  # n - 1 = 1
+            np.testing.assert_allclose(found[name], mean, atol=1e-6)
+            np.testing.assert_allclose(found[f"{name}_std"], deviation, atol=1e-6)
+        assert found["energy_std"] > 1e-4 and isinstance(found["energy"], float)
+    one = ensemble.predict(structures[0])
+    assert one["energy"] == pytest.approx(next(ensemble.predict(structures))["energy"], abs=1e-4)
+
+
+def test_an_ensemble_of_different_cutoffs(run):
+    wide = random_run(("atomic",), **SMALL, cutoff=5.0)
+    atoms = molecule("CH3CH2OH")
+    found = orbq.Ensemble([run, wide]).predict(atoms)
+    expected = np.mean([r.predict(atoms)["forces"] for r in (run, wide)], axis=0)
+    np.testing.assert_allclose(found["forces"], expected, atol=1e-5)
+
+
+def test_calculator_of_an_ensemble(two):
+    atoms = distorted(1)[0]
+    atoms.calc = orbq.Ensemble(two).calculator()
+    expected = orbq.Ensemble(two).predict(atoms)
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), expected["forces"], atol=1e-5)
+    np.testing.assert_allclose(atoms.calc.results["forces_std"], expected["forces_std"], atol=1e-5)
+    neutral = atoms.get_charges().sum()
+    atoms.info["charge"] = 2
+    assert atoms.get_charges().sum() == pytest.approx(neutral + 2, abs=1e-4)
+    assert atoms.calc.results["charges_std"].shape == (len(atoms),)
+
+
+@pytest.mark.parametrize(
+    ("other_run", "message"),
+    [
+        (lambda: random_run(("atomic",), elements=(1, 6), **SMALL), "elements of run 0: H, C, N"),
+        (
+            lambda: random_run(("shell",), **SMALL),
+            "charge targets of run 0: atomic; of run 1: shel",
+        ),
+    ],
+)
+def test_runs_that_disagree(run, other_run, message):
+    with pytest.raises(InputError, match=message):
+        orbq.Ensemble([run, other_run()])
+
+
+def test_an_ensemble_of_one(run):
+    with pytest.raises(InputError, match="two runs or more"):
+        orbq.Ensemble([run])
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(make_app(), [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("out", ["mean.extxyz", "mean.traj"])
+def test_predict_over_several_runs(two, tmp_path, out):
+    places = [save_run(run, tmp_path / f"seed{n}") for n, run in enumerate(two)]
+    structures = distorted(6)
+    ase.io.write(tmp_path / "given.xyz", structures)
+    status, text = command(
+        "predict", *places, tmp_path / "given.xyz", "--out", tmp_path / out, "--charges"
+    )
+    assert status == 0, text
+    expected = list(orbq.Ensemble(two).predict(structures))
+    for atoms, mean in zip(ase.io.read(tmp_path / out, ":"), expected, strict=True):
+        assert atoms.get_potential_energy() == pytest.approx(mean["energy"], abs=1e-3)
+        assert atoms.info["energy_std"] == pytest.approx(mean["energy_std"], abs=1e-3)
+        found = atoms.info | atoms.arrays  # a trajectory of ASE keeps no arrays of other names
+        np.testing.assert_allclose(found["forces_std"], mean["forces_std"], atol=1e-3)
+        np.testing.assert_allclose(found["charges_std"], mean["atomic_std"][:, 0], atol=1e-3)
+        assert atoms.get_charges().shape == (len(atoms),)
+
+
+def test_predict_refuses_runs_that_disagree_and_runs_alone(run, tmp_path):
+    places = [save_run(run, tmp_path / "a"), save_run(random_run((), **SMALL), tmp_path / "b")]
+    ase.io.write(tmp_path / "given.xyz", molecule("CH4"))
+    out = tmp_path / "out.xyz"
+    status, text = command("predict", *places, tmp_path / "given.xyz", "--out", out)
+    assert status == 2 and str(places[1]) in text and "charge targets" in text
+    status, text = command("predict", *places, "--out", out)
+    assert status == 2 and "name the structure files too" in text
+    assert not list(tmp_path.glob("out.*"))
