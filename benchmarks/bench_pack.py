@@ -7,8 +7,9 @@
 writes a synthetic data set of QM7 molecules with jittered positions (the embedded tmc where QM7 is
 not at hand) under SCRATCH, then measures, each in a process of its own with its peak resident
 memory: opening it, its neighbour list, the plan of an epoch, one epoch of batches with energies,
-forces and the whole on-site block through ``prefetch``, and a training step of a one-layer
-network, which is what the batches must outrun; the files are removed at the end. Every run
+forces and the whole on-site block through ``prefetch``, a training step of a one-layer network,
+which is what the batches must outrun, and `orbq inspect` (with edges and plots) and `orbq verify`
+of all of it; the files are removed at the end. ``--stages`` leaves out the others. Every run
 appends its records, with machine, versions and commit, to benchmarks/results/pack.jsonl.
 For comparable figures use one thread: OMP_NUM_THREADS=1.
 """
@@ -36,8 +37,8 @@ from orbq import __version__
 from orbq.preprocess.flat import FlatWriter
 from orbq.preprocess.pack import Packer, Part, Pool, measure_budget, prefetch
 from orbq.preprocess.references import References
-from orbq.preprocess.store import Dataset, array_names
-from orbq.schema import FIELDS, MANIFEST, SCHEMA_VERSION
+from orbq.preprocess.store import Dataset, array_file, array_names, sha256_of
+from orbq.schema import FAILURES, FIELDS, MANIFEST, SCHEMA_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -87,6 +88,7 @@ class Memory:
             "forces": rng.normal(size=(n_atoms.sum(), 3)),
             "onsite": rng.normal(size=(n_atoms.sum(), 47)),
         }
+        self.arrays["onsite"][:, :4] = 0.0  # the charges, which would have to sum to the total
 
     def __len__(self) -> int:
         return len(self.arrays["offsets"]) - 1
@@ -164,12 +166,16 @@ def build(place: Path, n: int) -> None:
             values = tile[name][:length] if name in tile else filling(name, length, shape, dtype)
             if name == "positions":
                 values = values + rng.normal(scale=0.05, size=values.shape)
+            if name == "content_hash":  # all different
+                values = np.array([f"{i:032x}" for i in range(done, done + length)], dtype)
+            if name == "group":
+                values = np.array([f"molecule-{i}" for i in range(length)], dtype)
             writers[name].append(values)
         writers["offsets"].append(atoms + np.cumsum(n_atoms[:some]))
         done, atoms = done + some, atoms + rows
     for writer in writers.values():
         writer.close()
-    finish(place, {name: writer.length for name, writer in writers.items()})
+    finish(place, {"structures": n, "atoms": atoms})
 
 
 def filling(name: str, length: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -182,13 +188,24 @@ def filling(name: str, length: int, shape: tuple[int, ...], dtype: str) -> np.nd
     )
 
 
-def finish(place: Path, lengths: dict[str, int]) -> None:
-    """The manifest, as much of it as opening asks for."""
-    arrays = {
-        name: {"shape": [lengths[name], *shape], "dtype": dtype}
-        for name, (_, shape, dtype) in array_names().items()
+def finish(place: Path, counts: dict[str, int]) -> None:
+    """The list of failures and the manifest, as far as the commands below ask for them."""
+    (place / FAILURES).write_text("")
+    arrays = {}
+    for name in array_names():
+        path = array_file(place, name)
+        array = np.load(path, mmap_mode="r")
+        stated = {"shape": list(array.shape), "dtype": array.dtype.str}
+        arrays[name] = {**stated, "sha256": sha256_of(path)}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "method": "synthetic",
+        "tblite_version": "none",
+        "sources": [],
+        "counts": counts,
+        "arrays": arrays,
+        "failures": {"sha256": sha256_of(place / FAILURES)},
     }
-    manifest = {"schema_version": SCHEMA_VERSION, "method": "synthetic", "arrays": arrays}
     (place / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -281,23 +298,42 @@ def stage_train(place: Path) -> dict[str, Any]:
     return rate(len(pool), begin)
 
 
+def stage_inspect(place: Path) -> dict[str, Any]:
+    from orbq.commands.inspect import inspect
+
+    begin = now()
+    inspect(place, cutoff=CUTOFF, batch_size=32, plot=place.with_name("orbq-large.png"))
+    place.with_name("orbq-large.png").unlink()
+    return rate(len(Dataset.open(place)), begin)
+
+
+def stage_verify(place: Path) -> dict[str, Any]:
+    from orbq.preprocess.verify import verify
+
+    begin = now()
+    assert verify(place) == []
+    return rate(len(Dataset.open(place)), begin)
+
+
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "open": stage_open,
     "neighbors": stage_neighbors,
     "plan": stage_plan,
     "epoch": stage_epoch,
     "train": stage_train,
+    "inspect": stage_inspect,
+    "verify": stage_verify,
 }
 
 
-def bench_large(out: Path, n: int) -> None:
+def bench_large(out: Path, n: int, stages: list[str]) -> None:
     """Build, measure every stage in a process of its own, remove."""
     place = out / "orbq-large"
     try:
         begin = time.perf_counter()
         build(place, n)
         print(f"built {n} structures in {time.perf_counter() - begin:.0f} s", flush=True)
-        for facts in run_stages(place):
+        for facts in run_stages(place, stages):
             values = ", ".join(
                 f"{k} {v:.4g}" for k, v in facts.items() if k not in ("what", "stage")
             )
@@ -306,8 +342,8 @@ def bench_large(out: Path, n: int) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def run_stages(place: Path) -> Iterator[dict[str, Any]]:
-    for stage in STAGES:
+def run_stages(place: Path, stages: list[str]) -> Iterator[dict[str, Any]]:
+    for stage in stages:
         command = [sys.executable, __file__, "stage", stage, "--out", str(place)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -323,6 +359,7 @@ def main() -> None:
     parser.add_argument("stage", nargs="?", choices=tuple(STAGES))
     parser.add_argument("--out", type=Path, help="scratch directory for the large data set")
     parser.add_argument("--n", type=int, default=1_000_000, help="structures of the large data set")
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     options = parser.parse_args()
     if options.what == "fill":
         bench_fill()
@@ -330,7 +367,7 @@ def main() -> None:
     if options.out is None:
         parser.error("--out is needed: a directory with 8 GB of room")
     if options.what == "large":
-        bench_large(options.out, options.n)
+        bench_large(options.out, options.n, options.stages)
         return
     facts = STAGES[options.stage](options.out)
     facts["peak_gigabytes"] = peak_gigabytes()
