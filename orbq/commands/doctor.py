@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata, util
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -23,12 +24,15 @@ OPTIONAL = {  # extra -> a module that it brings
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
     "explore": "chemiscope",
+    "notebooks": "nbclient",
 }
 
 # GFN1-xTB energy of H2O at the positions below from a direct call of tblite 0.8.0, accuracy 0.1
 WATER = ((0.0, 0.0, 0.1173), (0.0, 0.7572, -0.4692), (0.0, -0.7572, -0.4692))  # Å; O, H, H
 WATER_ENERGY = -5.76864058 * HARTREE  # eV
 TOLERANCE = 1e-4  # eV; SCF convergence and the printed digits leave 1e-6
+
+NVIDIA = Path("/proc/driver/nvidia/version")  # there is a driver where this is
 
 
 def doctor() -> None:
@@ -79,7 +83,10 @@ def _devices() -> str:
 
     kinds = [device.device_kind for device in jax.devices()]
     counted = [f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)]
-    return f"{jax.default_backend()}: {', '.join(counted)}"
+    found = f"{jax.default_backend()}: {', '.join(counted)}"
+    if jax.default_backend() == "cpu" and NVIDIA.exists():
+        found += "; an NVIDIA GPU is not used: pip install 'orbq[cuda]', and unset JAX_PLATFORMS"
+    return found
 
 
 def _numpy_blas() -> str:
@@ -87,6 +94,13 @@ def _numpy_blas() -> str:
 
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return f"{blas['name']} {blas['version']}"
+
+
+def _label_blas() -> str:
+    from orbq.preprocess.blas import BUNDLED, find_blas
+
+    slow = f"{BUNDLED}: install OpenBLAS or orbq[mkl], complexes are then labelled twice as fast"
+    return find_blas() or slow
 
 
 def _tblite() -> str:
@@ -126,6 +140,7 @@ CHECKS = {
     "extras": _extras,
     "devices": _devices,
     "numpy's BLAS": _numpy_blas,
+    "labels' BLAS": _label_blas,
     "tblite": _tblite,
     "cache": _cache,
 }
