@@ -10,24 +10,19 @@ last argument prints the tables and writes benchmarks/results/qm7_<STUDY>.jsonl.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
+from study import main
 
-from orbq.config import Config, load_config
+from orbq.config import load_config
 from orbq.preprocess.label import preprocess
 from orbq.preprocess.store import Dataset
 from orbq.splits import split
-from orbq.study.report import rows_of, write_report
-from orbq.study.run import read_results, run_ablation
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent / "shared" / "data" / "qm7.extxyz.gz"
-KCAL = 43.364  # meV in a kcal/mol
 
 # Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
 # so that the arms may differ in what is best for them.
@@ -53,13 +48,13 @@ _FIRST = (
 
 
 def _curve(n: int) -> tuple[str, ...]:
-    """One point of a learning curve, on three subsets."""
+    """One point of a learning curve: two seeds on each of three subsets."""
     return (
         "model.backbone=mace",
         "model.cutoff=3.0",
         "ablation.weights=[0.0, 20.0]",
-        "ablation.seeds=[0, 1, 2]",
-        "ablation.subset_seeds=[0, 1, 2]",
+        "ablation.seeds=[0, 1, 2, 3, 4, 5]",
+        "ablation.subset_seeds=[0, 0, 1, 1, 2, 2]",
         f"ablation.n_train=[{n}]",
         f"training.n_steps={_STEPS[n]}",
     )
@@ -144,43 +139,8 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def main() -> None:
-    """Train what is left of a study, or report it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("action", nargs="?", choices=("run", "report"), default="run")
-    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
-    parser.add_argument("--only", nargs="+", help="names within the study")
-    parser.add_argument("--part", default="0/1", help="i/n: the i-th of every n ablations")
-    given = parser.parse_args()
-    trials = STUDIES[given.study]
-    names = given.only or list(trials)
-    if given.action == "report":
-        report(given.study, {name: config_of(given, name) for name in names})
-        return
-    make_data(given.work / "data")
-    part, parts = map(int, given.part.split("/"))
-    for name in names[part::parts]:
-        config = config_of(given, name)
-        records = run_ablation(config)
-        print(name)
-        print(write_report(Path(config.run.directory), records), flush=True)
-
-
-def config_of(given: argparse.Namespace, name: str) -> Config:
-    """The configuration of one ablation of a study."""
-    place = given.work / given.study / name
-    overrides = [
-        f"data.dataset='{given.work / 'data' / 'qm7'}'",
-        f"run.directory='{place}'",
-        *STUDIES[given.study][name],
-    ]
-    overrides = [o.replace("@rest", str(given.work / "data" / "rest")) for o in overrides]
-    return load_config(HERE / "qm7.toml", overrides)
-
-
-def make_data(place: Path) -> None:
-    """Label QM7; and its training molecules once more without energies, as charge-only data."""
+def make_data(place: Path) -> dict[str, str]:
+    """Label QM7; and its training molecules without energies, as charge-only data (@rest)."""
     if not SOURCE.exists():
         raise SystemExit(f"{SOURCE} is not there: nothing to study")
     dataset = preprocess([str(SOURCE)], place / "qm7")
@@ -189,6 +149,7 @@ def make_data(place: Path) -> None:
         fractions = config.data.validation_fraction, config.data.test_fraction
         rows = split(dataset["group"], dataset["content_hash"], "within", fractions)["train"]
         preprocess([molecule(dataset, row) for row in rows], place / "rest")
+    return {"@data": str(place / "qm7"), "@rest": str(place / "rest")}
 
 
 def molecule(dataset: Dataset, row: int) -> Atoms:
@@ -197,24 +158,12 @@ def molecule(dataset: Dataset, row: int) -> Atoms:
     return Atoms(np.array(dataset["numbers"][atoms]), np.array(dataset["positions"][atoms]))
 
 
-def report(study: str, configs: dict[str, Config]) -> None:
-    """Print what each ablation reached; keep the records, less their curves."""
-    kept: list[dict[str, Any]] = []
-    print(f"{'ablation':<14} {'arm':<26} {'N':>5} {'weight':>6} {'rate':>6}  test MAE, kcal/mol")
-    for name, config in configs.items():
-        records = read_results(Path(config.run.directory))
-        kept += [{"ablation": name} | {k: v for k, v in r.items() if k != "curve"} for r in records]
-        for row in rows_of(records):
-            errors = row.errors / KCAL
-            each = " ".join(f"{e:.2f}" for e in errors)
-            gain = f"{-row.reduction.value:+.1%}" if row.reduction else ""
-            print(
-                f"{name:<14} {row.arm:<26} {row.n_train:>5} {row.weight:>6g} "
-                f"{row.learning_rate:>6g}  {errors.mean():.3f} ({each}) {gain}"
-            )
-    lines = [json.dumps(record) for record in kept]
-    (HERE / "results" / f"qm7_{study}.jsonl").write_text("".join(f"{x}\n" for x in lines))
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__.splitlines()[0],
+        STUDIES,
+        HERE / "qm7.toml",
+        "qm7",
+        ("kcal/mol", 43.364),
+        make_data,
+    )

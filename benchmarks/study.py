@@ -1,0 +1,87 @@
+"""What the studies share: named ablations over one configuration, run in parts, then reported.
+
+A study is a table: name -> overrides of the configuration. Each name is an ablation of its own in
+``WORK/STUDY/NAME``, which goes on where it was stopped; two processes may share a study by --part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orbq.config import Config, load_config
+from orbq.study.report import rows_of, write_report
+from orbq.study.run import read_results, run_ablation
+
+HERE = Path(__file__).parent
+Studies = Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+def main(
+    description: str,
+    studies: Studies,
+    base: Path,
+    prefix: str,
+    unit: tuple[str, float],
+    prepare: Callable[[Path], Mapping[str, str]],
+) -> None:
+    """Train what is left of a study, or report it.
+
+    base: the configuration. prefix: of the results' file. unit: name and meV of the printed errors.
+    prepare: makes the data in a directory and returns what words of the overrides stand for, and
+    "@data", the data set.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("study", choices=studies)
+    parser.add_argument("action", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--only", nargs="+", help="names within the study")
+    parser.add_argument("--part", default="0/1", help="i/n: the i-th of every n ablations")
+    given = parser.parse_args()
+    trials = studies[given.study]
+    names = given.only or list(trials)
+    words = prepare(given.work / "data")
+
+    def config_of(name: str) -> Config:
+        place = given.work / given.study / name
+        overrides = [f"run.directory='{place}'", "data.dataset='@data'", *trials[name]]
+        for word, value in words.items():
+            overrides = [override.replace(word, value) for override in overrides]
+        return load_config(base, overrides)
+
+    if given.action == "report":
+        kept = report({name: config_of(name) for name in names}, unit)
+        lines = [json.dumps(record) for record in kept]
+        out = HERE / "results" / f"{prefix}_{given.study}.jsonl"
+        out.write_text("".join(f"{line}\n" for line in lines))
+        return
+    part, parts = map(int, given.part.split("/"))
+    for name in names[part::parts]:
+        config = config_of(name)
+        records = run_ablation(config)
+        print(name)
+        print(write_report(Path(config.run.directory), records), flush=True)
+
+
+def report(configs: Mapping[str, Config], unit: tuple[str, float]) -> list[dict[str, Any]]:
+    """Print what each ablation reached; its records, less their curves."""
+    kept: list[dict[str, Any]] = []
+    name_of_unit, size = unit
+    print(
+        f"{'ablation':<14} {'arm':<28} {'N':>5} {'weight':>6} {'rate':>6}  test MAE, {name_of_unit}"
+    )
+    for name, config in configs.items():
+        records = read_results(Path(config.run.directory))
+        kept += [{"ablation": name} | {k: v for k, v in r.items() if k != "curve"} for r in records]
+        for row in rows_of(records):
+            errors = row.errors / size
+            each = " ".join(f"{e:.2f}" for e in errors)
+            gain = f"{-row.reduction.value:+.1%}" if row.reduction else ""
+            print(
+                f"{name:<14} {row.arm:<28} {row.n_train:>5} {row.weight:>6g} "
+                f"{row.learning_rate:>6g}  {errors.mean():.3f} ({each}) {gain}"
+            )
+    return kept

@@ -1,0 +1,87 @@
+"""What orbital charges bring on metal complexes with DFT energies and forces: the embedded set.
+
+    python benchmarks/study_tmc.py STUDY --work DIRECTORY [--only NAME ...] [--part 0/2]
+    python benchmarks/study_tmc.py STUDY report --work DIRECTORY
+
+STUDY is a key of ``STUDIES``. Complexes are held out whole, and anew for every split seed: 50 test
+complexes of one split say little (repeated hold-out).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from study import main
+
+from orbq.data import open_dataset
+
+HERE = Path(__file__).parent
+SPLITS = range(1, 6)
+
+_OWN = ("data.unlabelled=[]", "training.pretrain_steps=0", "ablation.n_train=[0]")
+_XTB = (
+    "ablation.baseline=false",
+    "ablation.weights=[1.0]",
+    "ablation.n_train=[0]",
+    "training.learning_rate=2e-3",
+    "training.weight_decay=0.1",
+    "training.pretrain_steps=8000",
+    "loss.weights.xtb_energy=1.0",
+    "loss.weights.xtb_forces=1.0",
+)
+
+
+def _split(seed: int) -> tuple[str, ...]:
+    return (f"data.split_seed={seed}", "ablation.seeds=[0, 1]")
+
+
+STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
+    # own: the same structures teach; first: GFN1 labels of all unlabelled complexes before
+    "targets": {
+        **{
+            f"own-{s}": (
+                *_split(s),
+                *_OWN,
+                "ablation.targets=['onsite']",
+                "ablation.weights=[0.0, 1.0]",
+            )
+            for s in SPLITS
+        },
+        **{
+            f"first-{s}": (
+                *_split(s),
+                *_XTB,
+                "ablation.targets=['onsite+xtb_energy+xtb_forces']",
+            )
+            for s in SPLITS
+        },
+        **{
+            f"dft-{s}": (
+                *_split(s),
+                *_OWN,
+                "ablation.baseline=false",
+                "ablation.targets=['dft', 'atomic', 'orbital']",
+                "ablation.weights=[1.0]",
+            )
+            for s in SPLITS
+        },
+    }
+}
+
+
+def prepare(_: Path) -> dict[str, str]:
+    """Label the embedded sets, once."""
+    for name in ("tmc", "tmc_unlabelled"):
+        open_dataset(name)
+    return {"@data": "tmc"}
+
+
+if __name__ == "__main__":
+    main(
+        __doc__.splitlines()[0],
+        STUDIES,
+        HERE.parent / "orbq" / "data" / "demo.toml",
+        "tmc",
+        ("meV", 1.0),
+        prepare,
+    )
