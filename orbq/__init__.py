@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from orbq.calculator import Calculator
     from orbq.config import Config, load_config
     from orbq.data import open_dataset
+    from orbq.ensemble import Ensemble
+    from orbq.jaxmd import jax_md
     from orbq.preprocess.frames import embedded_path as embedded
     from orbq.preprocess.label import preprocess as label
     from orbq.preprocess.store import Dataset
     from orbq.run import Run, load
+    from orbq.stablehlo import export
 
 __version__ = "0.1.0"
 
@@ -28,7 +31,10 @@ _LAZY = {
     "Calculator": ("orbq.calculator", "Calculator"),
     "Config": ("orbq.config", "Config"),
     "Dataset": ("orbq.preprocess.store", "Dataset"),
+    "Ensemble": ("orbq.ensemble", "Ensemble"),
     "Run": ("orbq.run", "Run"),
+    "export": ("orbq.stablehlo", "export"),
+    "jax_md": ("orbq.jaxmd", "jax_md"),
     "embedded": ("orbq.preprocess.frames", "embedded_path"),
     "label": ("orbq.preprocess.label", "preprocess"),
     "load": ("orbq.run", "load"),
@@ -40,11 +46,14 @@ __all__ = [
     "Calculator",
     "Config",
     "Dataset",
+    "Ensemble",
     "InputError",
     "OrbqError",
     "Run",
     "__version__",
     "embedded",
+    "export",
+    "jax_md",
     "label",
     "load",
     "load_config",
