@@ -60,18 +60,21 @@ def read_toml(path: Path, seen: tuple[Path, ...] = ()) -> Document:
     base = document.pop("base", None)
     if base is None:
         return document
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or "\0" in base:
         raise InputError(f"{path}: base: must be the path of a TOML file, is {shown(base)}")
     return merged(read_toml(path.parent / base, (*seen, path.resolve())), document)
 
 
 def _parse_toml(path: Path) -> Document:
     try:
+        if path.exists() and not path.is_file():  # a device has no end, a pipe is waited for
+            raise OSError("not a file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+        text = content[:MAX_BYTES].decode()
         if len(content) > MAX_BYTES:
-            raise InputError(f"{path}: longer than {MAX_BYTES} bytes: not a configuration")
-        return tomllib.loads(content.decode())
+            raise OSError(f"longer than {MAX_BYTES} bytes: not a configuration")
+        return tomllib.loads(text)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         raise InputError(f"{path}: no such file{_did_you_mean(near)}") from None
@@ -140,6 +143,7 @@ _TEXTS = {
     "model_type": "must be a table of keys",
     "string_too_short": "must not be empty",
     "string_type": "must be text in quotes",
+    "string_unicode": "must be text without broken characters",
     "too_long": "may have at most {max_length} entries",
     "tuple_type": "must be a list",
 }

@@ -62,10 +62,14 @@ def open_dataset(name: str) -> Dataset:
 
     Raises InputError when it is neither.
     """
-    if Path(name).exists() or name not in EMBEDDED:
-        if not Path(name).exists():
+    try:
+        there = Path(name).exists()
+    except (OSError, ValueError):  # longer than a name can be, or with characters it cannot have
+        there = False
+    if there or name not in EMBEDDED:
+        if not there:
             known = ", ".join(EMBEDDED)
-            raise InputError(f"no data set {name!r}: not a directory, nor embedded ({known})")
+            raise InputError(f"no data set {name[:200]!r}: not a directory, nor embedded ({known})")
         return Dataset.open(name)
     from orbq import __version__
     from orbq.preprocess.label import preprocess

@@ -24,7 +24,7 @@ MAX_UNPACKED = 1 << 31  # bytes; ASE's readers may hold a whole file
 MAX_CELL = 1 << 28  # bytes of one value in a database
 # readers that start a program, ask a server, or read what is not in the file
 _REFUSED = ("castep-cell", "postgresql", "mysql", "eon", "bundletrajectory", "aselmdb")
-_DATABASE, _SQLITE = "db", b"SQLite format 3\0"
+_DATABASE, _JSON, _SQLITE = "db", "json", b"SQLite format 3\0"
 
 
 def read(path: Path, packed: bool) -> Iterator[Any]:
@@ -41,13 +41,18 @@ def read(path: Path, packed: bool) -> Iterator[Any]:
         return
     if packed:
         _check_unpacked(path)
+    _bound_arrays()
     place = str(path.absolute())
     kind = filetype(place)
+    if kind == _JSON:
+        from ase.db.jsondb import JSONDatabase
+
+        yield from _rows(JSONDatabase(place, use_lock_file=False))
+        return
     if kind == _DATABASE:
         raise ValueError("not an SQLite database" + packed * ": unpack it before")
     if kind in _REFUSED:
         raise ValueError(f"files of ASE's format {kind!r} are not read: convert it to extxyz")
-    _bound_arrays()
     yield from iread(place, index=":", format=kind, do_not_split_by_at_sign=True)
 
 
@@ -70,10 +75,7 @@ def _check_unpacked(path: Path) -> None:
 
 
 def _database(path: Path) -> Iterator[Any]:
-    """Rows of an ASE database, whose key-value pairs ``ase.io`` would drop.
-
-    They are taken from where the row keeps them: ASE answers 0 for a pair named ``charge``.
-    """
+    """Rows of an ASE database in SQLite's format."""
     from ase.db.sqlite import SQLite3Database
 
     class ReadOnly(SQLite3Database):
@@ -85,7 +87,15 @@ def _database(path: Path) -> Iterator[Any]:
     with closing(_connect(path)) as connection:
         _check_tables(connection)
     _bound_arrays()
-    for row in ReadOnly(str(path)).select():
+    yield from _rows(ReadOnly(str(path)))
+
+
+def _rows(database: Any) -> Iterator[Any]:
+    """Rows with their key-value pairs, which ``ase.io`` would drop.
+
+    They are taken from where the row keeps them: ASE answers 0 for a pair named ``charge``.
+    """
+    for row in database.select():
         atoms = row.toatoms(add_additional_information=True)
         stored = vars(row)
         pairs = row.key_value_pairs

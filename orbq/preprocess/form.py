@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 # A form is a type; a tuple of the words allowed; [form] a list of it; {str: form} a mapping with
 # any keys; {"key": form, ...} one with at least these keys.
 Form = Any
-_NAMES = {dict: "a table", list: "a list", str: "text", int: "a whole number", float: "a number"}
+_NAMES = {
+    dict: "a table",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+}
 
 
 def read_json(path: Path, form: Form) -> Any:
     """The document of a JSON file. Raises ValueError with what is wrong with it, OSError."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -27,6 +36,9 @@ def wrong(value: Any, form: Form, key: str = "") -> str | None:
     """The first difference between ``value`` and its form, None if there is none."""
     if isinstance(form, tuple):
         return None if value in form else f"{key} must be one of {', '.join(map(str, form))}"
+    if form is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number and math.isfinite(value) else f"{key} must be a finite number"
     kind: Any = form if isinstance(form, type) else type(form)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         return f"{key or 'it'} must be {_NAMES.get(kind, kind.__name__)}"

@@ -232,10 +232,14 @@ def _comment(line: str) -> dict[str, Any]:
     from ase.io.extxyz import key_val_str_to_dict
 
     values: dict[str, Any] = key_val_str_to_dict(line)
-    claimed = str(values.get("Properties", "")).split(":")[2::3]
+    given = values.get("Properties", "species:S:1:pos:R:3")
+    fields = given.split(":") if isinstance(given, str) else []
+    if len(fields) % 3 or "pos" not in fields[::3]:
+        raise ValueError("Properties must be NAME:TYPE:COLUMNS:... and name pos")
+    claimed = fields[2::3]
     n_columns = sum(int(n) for n in claimed if _is_count(n))
     if n_columns > MAX_COLUMNS or any(len(n) > _COUNT_DIGITS for n in claimed):
-        raise ValueError(f"Properties claims {n_columns} columns: {MAX_COLUMNS} are the most")
+        raise ValueError(f"Properties is {given[:40]!r} ...: {MAX_COLUMNS} columns are the most")
     return values
 
 

@@ -1,0 +1,4 @@
+CSD_code = A |
+He 0
+He 0
+He 0

@@ -1,0 +1,2 @@
+CSD_code = A |
+He x
