@@ -23,10 +23,10 @@ from typing import Any
 MEMORY = 6 << 30  # bytes of address space: JAX alone maps more than two
 SECONDS, WAITING = 20, 300  # of the processor, and by the clock, for one case
 IMPORTED = {
-    "structures": ("orbq.preprocess.label", "orbq.preprocess.ase_formats", "ase.io"),
-    "configurations": ("orbq.fit", "orbq.commands.train"),
-    "datasets": ("orbq.preprocess.summary",),
-    "runs": ("orbq.annotate", "ase.io"),
+    "structure": ("orbq.preprocess.label", "orbq.preprocess.ase_formats", "ase.io"),
+    "configuration": ("orbq.fit", "orbq.commands.train"),
+    "dataset": ("orbq.preprocess.summary",),
+    "run": ("orbq.annotate", "ase.io"),
 }
 _FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
 _FORBIDDEN |= {"pickle.find_class", "socket.connect", "ctypes.dlopen"}
@@ -76,10 +76,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 def command(group: str, arguments: list[str]) -> list[str]:
     """What is typed."""
     return {
-        "structures": ["preprocess", *arguments, "--out", "out/set", "--workers", "1"],
-        "configurations": ["train", *arguments, "run.directory=out/run"],
-        "datasets": ["inspect", "out/set", *arguments],
-        "runs": ["predict", "out/run", "water.xyz", "--out", "out/predicted.xyz"],
+        "structure": ["preprocess", *arguments, "--out", "out/set", "--workers", "1"],
+        "configuration": ["train", *arguments, "run.directory=out/run"],
+        "dataset": ["inspect", "out/set", *arguments],
+        "run": ["predict", "out/run", "water.xyz", "--out", "out/predicted.xyz"],
     }[group]
 
 
@@ -91,7 +91,7 @@ def lay_out(group: str, case: Path, entry: dict[str, Any], place: Path, base: Pa
     place.mkdir()
     (place / "out").mkdir()
     if base is not None:
-        target = place / "out" / ("set" if group == "datasets" else "run")
+        target = place / "out" / ("set" if group == "dataset" else "run")
         shutil.copytree(base, target)
         (place / "water.xyz").write_text("3\n\nO 0 0 0.12\nH 0 0.76 -0.47\nH 0 -0.76 -0.47\n")
     if case.is_dir():
@@ -133,11 +133,11 @@ def main(group: str, directory: Path) -> None:
     watch, app, base = Watch(), make_app(), None
     for module in IMPORTED.get(group, ()):  # not in the time of a case
         import_module(module)
-    if group == "datasets":
+    if group == "dataset":
         from tests.malformed_datasets import make_dataset
 
         base = make_dataset(directory / "base")
-    elif group == "runs":
+    elif group == "run":
         from tests.tiny_run import random_run, save_run
 
         base = save_run(random_run(), directory / "base")

@@ -4,7 +4,7 @@
 
 Every case is a directory of small files and an entry in cases.json with the command that is given
 it and what its message must say. Deterministic: the same bytes on every machine. A case of the
-group ``datasets`` or ``runs`` is laid over a good data set or run that the tests make.
+group ``dataset`` or ``run`` is laid over a good data set or run that the tests make.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """Every case, in order."""
-    found = [Case("structures", *entry) for entry in structures()]
+    found = [Case("structure", *entry) for entry in structures()]
     for name, (text, overrides, said) in configurations().items():
-        found.append(Case("configurations", name, {"a.toml": text}, ["a.toml", *overrides], said))
+        found.append(Case("configuration", name, {"a.toml": text}, ["a.toml", *overrides], said))
     for name, (files, edits, said) in datasets().items():
-        found.append(Case("datasets", name, files, ["--cutoff", "5"], said, edits))
+        found.append(Case("dataset", name, files, ["--cutoff", "5"], said, edits))
     for name, (files, edits, said) in runs().items():
-        found.append(Case("runs", name, files, [], said, edits))
+        found.append(Case("run", name, files, [], said, edits))
     for name, (data, said) in archives().items():
-        found.append(Case("archives", name, {"qm7.tar.gz": data}, [], said))
+        found.append(Case("archive", name, {"qm7.tar.gz": data}, [], said))
     return found
 
 

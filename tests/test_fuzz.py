@@ -23,7 +23,7 @@ from tests.malformed_config import archives
 
 ROOT = Path(__file__).parents[1]
 INDEX = json.loads((make_malformed.PLACE / make_malformed.INDEX).read_text())
-GROUPS = ("structures", "configurations", "datasets", "runs")
+GROUPS = ("structure", "configuration", "dataset", "run")
 
 
 def test_the_committed_cases_are_those_of_the_script(tmp_path):
@@ -78,8 +78,8 @@ def test_a_malformed_input_is_one_message(told, case):
 def test_an_archive_is_never_unpacked(tmp_path, name):
     archive = tmp_path / "out" / QM7_ARCHIVE
     archive.parent.mkdir()
-    archive.write_bytes((make_malformed.PLACE / "archives" / name / "qm7.tar.gz").read_bytes())
-    with pytest.raises(OrbqError, match=INDEX[f"archives/{name}"]["said"]) as error:
+    archive.write_bytes((make_malformed.PLACE / "archive" / name / "qm7.tar.gz").read_bytes())
+    with pytest.raises(OrbqError, match=INDEX[f"archive/{name}"]["said"]) as error:
         make_qm7(archive.parent)
     assert str(archive) in str(error.value)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [archive]
