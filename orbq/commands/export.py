@@ -33,12 +33,12 @@ def export(
     potential.py, a loader with a neighbour list. Whoever uses it needs jax, numpy and flatbuffers,
     and nothing of orbq:
 
-    \\b
+    \b
       import potential
       model = potential.load()
       found = model(numbers, positions, cell, pbc=True)   # energy, forces, charges
 
-    \\b
+    \b
     Examples:
       orbq export runs/demo
       orbq export runs/demo --out demo-potential --charges
