@@ -256,12 +256,21 @@ def check_bash(text: str) -> None:
     extras = metadata.metadata("orbq").get_all("Provides-Extra")
     for command in commands_of(text):
         words = words_of(command)
-        if "orbq" in words:
-            check_orbq(words[words.index("orbq") + 1 :])
+        for call in calls_of(words):
+            check_orbq(call)
         if words[0] == "make":
             assert {w for w in words[1:] if "=" not in w} <= set(targets), command
         for extra in re.findall(r"\[([a-z,-]+)\]", command) if "pip" in words else []:
             assert set(extra.split(",")) <= set(extras), f"no extra {extra}: {command}"
+
+
+def calls_of(words: list[str]) -> Iterator[list[str]]:
+    """The arguments of every ``orbq``, also of one in a quoted command for another machine."""
+    for i, word in enumerate(words):
+        if " orbq " in word or "/orbq " in word:
+            yield from calls_of(shlex.split(word))
+        elif Path(word).name == "orbq" and not words[i - 1].endswith("cd"):
+            yield words[i + 1 :]
 
 
 def check_orbq(words: list[str]) -> None:
@@ -317,6 +326,7 @@ def test_the_examples_of_every_help_text_are_valid(command: str) -> None:
         "orbq train",
         "orbq train x.toml --resumee",
         "orbq train x.toml training.seeds=3",
+        "ssh node 'cd orbq && .venv/bin/orbq train x.toml --resumee'",
         "make tset",
         "pip install 'orbq[gpu]'",
     ],
