@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -78,19 +79,28 @@ def train(
         display.finished(summary)
 
 
+class _Bars(Progress):
+    """A bar per stage, and under them one line of numbers: a terminal of 80 columns holds both."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks[-1:]:
+            yield Text(task.fields["state"])
+
+
 class Display:
     """The terminal: facts first, a progress bar per stage, one line per validation."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
+        self.progress = _Bars(
             TextColumn("{task.description}"),
             BarColumn(),
+            TextColumn("step"),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
             console=console,
         )
         self.tasks: dict[str, TaskID] = {}
@@ -136,8 +146,11 @@ class Display:
         self.console.print(Text.assemble(("warning: ", "bold yellow"), text))
 
     def validated(self, record: dict[str, Any]) -> None:
-        """One line of raw validation errors in their units."""
-        self.console.print(Text(f"step {record['step']:>7}  {_errors(record)}"))
+        """Raw validation errors in their units, and the training losses since the last ones."""
+        told = f"step {record['step']:>7}  {_errors(record)}"
+        if losses := _losses(record):
+            told += f"\n{'':14}losses: {losses}"
+        self.console.print(Text(told))
 
     def finished(self, summary: dict[str, Any]) -> None:
         """What was compiled, how long it took, and what to do next."""
@@ -151,6 +164,15 @@ class Display:
 
 
 SHOWN_LABELS = ("energy", "forces", "dft_charges", "onsite", "xtb_energy", "xtb_forces")
+
+
+def _losses(record: dict[str, Any]) -> str:
+    """The mean training loss since the validation before, and its terms before their weights."""
+    terms = {k.removeprefix("train/"): v for k, v in record.items() if k.startswith("train/")}
+    for other in ("gradient_norm", "learning_rate"):
+        terms.pop(other, None)
+    total = {"total": terms.pop("loss")} if "loss" in terms else {}
+    return ", ".join(f"{name} {value:.4g}" for name, value in (total | terms).items())
 
 
 def _pairs(values: dict[str, Any]) -> str:
