@@ -9,10 +9,11 @@ jittered by 0.05 Å, makes a data set of it in a process of its own, and samples
 of that process as it reads, labels and stores. The labelling processes answer with zeros unless
 --labels xtb: what the job holds does not depend on what the labels are, and a real label takes
 milliseconds. Prints, for each phase, the resident memory at its beginning and its end, the largest,
-and the slope over the second half of the phase, in bytes a structure; then the peak above the
-beginning in bytes a structure, buffers and code included, and what a million would need at that
-rate, an upper bound. Appended to benchmarks/results/memory.jsonl; the files are removed.
-Expected: under 0.5 GB for a million structures, and tens of bytes for each.
+and the slope over the second half of the phase, in bytes a structure. A second process measures
+what grows with the number of structures, the plan and the ledger, on a million made-up ones: bytes
+kept for each, and at the peak. From both follows what labelling a million needs. Appended to
+benchmarks/results/memory.jsonl; the files are removed.
+Expected: under 0.5 GB for a million structures, and tens of bytes kept for each.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from typing import Any
 import numpy as np
 
 from orbq.preprocess import supervise
+from orbq.preprocess.flat import release
 from orbq.preprocess.frames import find_sources, read_frames
+from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.label import Progress, Resources, preprocess
+from orbq.preprocess.schedule import costs, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -74,6 +78,12 @@ def resident() -> int:
     return int(pages) * 4096
 
 
+def peak() -> int:
+    """The largest that ``resident`` has been."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def measure(source: Path, out: Path, labels: str) -> dict[str, Any]:
     """Make the data set, sampling the memory: {phase: figures}."""
     if labels == "zeros":
@@ -87,18 +97,38 @@ def measure(source: Path, out: Path, labels: str) -> dict[str, Any]:
     dataset = preprocess([source], out, resources=Resources(), on_progress=sample)
     samples["store"] += samples["done"]
     samples["store"].append((len(dataset), resident()))
-    peak = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
     return {
         "n": len(dataset),
         "labelled": dataset.manifest["counts"]["labels"]["onsite"],
         "empty_mb": samples["read"][0][1] / 1e6,
-        "peak_mb": peak / 1e6,
+        "peak_mb": peak() / 1e6,
         "cpu_s": time.process_time() - begin,
         **{phase: figures(np.array(samples[phase])) for phase in ("read", "label", "store")},
+    }
+
+
+def measure_plan(place: Path, n: int) -> dict[str, Any]:
+    """Memory of the plan and the ledger of ``n`` structures, all of which are then finished."""
+    sizes = np.random.default_rng(0).integers(8, 23, n)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    np.save(place / "numbers.npy", np.resize(np.array([1, 6, 1, 8], np.int32), offsets[-1]))
+    work = Workspace(place)
+    work.state.mkdir()
+    before = resident()
+    numbers = np.load(place / "numbers.npy", mmap_mode="r")
+    chunks = plan(costs(numbers, offsets, "GFN1-xTB"))
+    release(numbers)
+    ledger = Ledger(work, offsets, chunks)
+    for chunk in range(len(chunks.cost)):
+        energies = np.zeros(len(chunks.members(chunk)))
+        reply = {"chunk": chunk, "energy": energies, "failures": [], "notes": [], "blas": []}
+        ledger._note(reply)
+    ledger.finish()
+    return {
+        "plan_n": n,
+        "plan_chunks": len(chunks.cost),
+        "kept_bytes_per_structure": (resident() - before) / n,
+        "peak_bytes_per_structure": (peak() - before) / n,
     }
 
 
@@ -128,8 +158,9 @@ def show(found: dict[str, Any]) -> None:
             f"{f['bytes_per_structure']:+.0f} bytes a structure"
         )
     print(
-        f"  above the beginning ({found['empty_mb']:.0f} MB) {found['bytes_per_structure']:.0f} "
-        f"bytes a structure at the peak, which would be {found['million_mb']:.0f} MB for a million"
+        f"  plan and ledger of {found['plan_n']:,}: {found['kept_bytes_per_structure']:.0f} bytes "
+        f"a structure, {found['peak_bytes_per_structure']:.0f} at the peak; so a million needs "
+        f"{found['million_mb']:.0f} MB"
     )
 
 
@@ -141,23 +172,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="scratch directory")
     parser.add_argument("--n", type=int, default=200_000, help="structures")
     parser.add_argument("--labels", choices=("zeros", "xtb"), default="zeros")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("job", "plan"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     place = given.out / "orbq-memory"
     source = place / "structures.extxyz"
-    if given.measure:
+    if given.measure == "job":
         print(json.dumps(measure(source, place / "set", given.labels)))
         return
+    if given.measure == "plan":
+        (place / "plan").mkdir()
+        print(json.dumps(measure_plan(place / "plan", MILLION)))
+        return
     place.mkdir(parents=True)
+    found: dict[str, Any] = {}
     try:
         write_structures(source, given.n)
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        for what in ("job", "plan"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found |= json.loads(done.stdout.splitlines()[-1])
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    found["bytes_per_structure"] = (found["peak_mb"] - found["empty_mb"]) * 1e6 / found["n"]
-    found["million_mb"] = found["empty_mb"] + found["bytes_per_structure"] * MILLION / 1e6
+    more = found["peak_bytes_per_structure"] * max(MILLION - found["n"], 0)
+    found["million_mb"] = found["peak_mb"] + more / 1e6
     show(found)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ase.io
@@ -35,10 +36,13 @@ import numpy as np
 
 from orbq import __version__
 from orbq.preprocess.flat import FlatWriter
+from orbq.preprocess.job import Workspace
+from orbq.preprocess.manifest import write_manifest
 from orbq.preprocess.pack import Packer, Part, Pool, measure_budget, prefetch
 from orbq.preprocess.references import References
-from orbq.preprocess.store import Dataset, array_file, array_names, sha256_of
-from orbq.schema import FAILURES, FIELDS, MANIFEST, SCHEMA_VERSION
+from orbq.preprocess.stage import Staged
+from orbq.preprocess.store import Dataset, array_names
+from orbq.schema import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -175,7 +179,7 @@ def build(place: Path, n: int) -> None:
         done, atoms = done + some, atoms + rows
     for writer in writers.values():
         writer.close()
-    finish(place, {"structures": n, "atoms": atoms})
+    finish(place, n, atoms)
 
 
 def filling(name: str, length: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -188,25 +192,15 @@ def filling(name: str, length: int, shape: tuple[int, ...], dtype: str) -> np.nd
     )
 
 
-def finish(place: Path, counts: dict[str, int]) -> None:
-    """The list of failures and the manifest, as far as the commands below ask for them."""
-    (place / FAILURES).write_text("")
-    arrays = {}
-    for name in array_names():
-        path = array_file(place, name)
-        array = np.load(path, mmap_mode="r")
-        stated = {"shape": list(array.shape), "dtype": array.dtype.str}
-        arrays[name] = {**stated, "sha256": sha256_of(path)}
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "method": "synthetic",
-        "tblite_version": "none",
-        "sources": [],
-        "counts": counts,
-        "arrays": arrays,
-        "failures": {"sha256": sha256_of(place / FAILURES)},
-    }
-    (place / MANIFEST).write_text(json.dumps(manifest))
+def finish(place: Path, n_structures: int, n_atoms: int) -> None:
+    """The manifest and the empty list of failures, as the labelling job ends with."""
+    work = Workspace(place)
+    work.state.mkdir()
+    work.rejected.write_text("")
+    identity = {"method": "GFN1-xTB", "settings": {}, "tblite version": "none, synthetic"}
+    ledger = SimpleNamespace(failures={}, notes={}, blas=set())
+    write_manifest(work, [], identity, Staged(n_structures, n_atoms, 0, {}), ledger)
+    work.finish()
 
 
 def stage_open(place: Path) -> dict[str, Any]:

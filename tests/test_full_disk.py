@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 GROWING = """
 import json, subprocess, sys
 from pathlib import Path
+from orbq.errors import OrbqError
 from orbq.preprocess import job, label, schedule
 from tests.test_label import fingerprint
 job.COMMIT_EVERY, schedule.SHORTEST = 0.0, 1e-3

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -156,8 +157,8 @@ class Ledger:
         self._labelled[members] = True
         self._labelled[[i for i, _ in entry["failures"]]] = False
         self.done.add(entry["chunk"])
-        self.failures.update((i, reason) for i, reason in entry["failures"])
-        self.notes.update((i, note) for i, note in entry["notes"])
+        for texts, said in ((self.failures, entry["failures"]), (self.notes, entry["notes"])):
+            texts.update((i, sys.intern(text)) for i, text in said)  # equal ones are kept once
         self.blas.update(entry["blas"])
 
     def record(self, chunk: int, reply: Message) -> None:
