@@ -149,7 +149,7 @@ def main(group: str, directory: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGALRM, too_long)
     signal.signal(signal.SIGPROF, too_long)
-    cache = os.environ["ORBQ_CACHE_DIR"]
+    caches = [os.environ[n] for n in ("ORBQ_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")]
     for name, entry in index.items():
         if not name.startswith(f"{group}/"):
             continue
@@ -157,7 +157,7 @@ def main(group: str, directory: Path) -> None:
         lay_out(group, PLACE / name, entry, place, base)
         before = contents(place)
         os.chdir(place)
-        watch.allowed = tuple(map(os.path.realpath, (place / "out", cache, "/dev/null")))
+        watch.allowed = tuple(map(os.path.realpath, (place / "out", *caches, "/dev/null")))
         watch.seen, watch.on = [], True
         signal.alarm(WAITING)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)

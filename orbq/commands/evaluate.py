@@ -60,7 +60,7 @@ def evaluate(
     from orbq.inference import open_run
     from orbq.scores import report
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     loaded, data = open_run(run), open_dataset(dataset)
     name, rows = split_rows(loaded, data, split)
     place = out or run / "evaluation"

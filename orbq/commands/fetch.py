@@ -40,7 +40,7 @@ def fetch(
     with _Bars() as bars:
         found = download(name, directory, mirror, bars.of)
     files = f"'{found}/*.xyz'" if name == "acac" else str(found)
-    Console(soft_wrap=True, highlight=False).print(
+    Console(soft_wrap=True, highlight=False, markup=False).print(
         f"{found}: complete and verified\nnext: orbq preprocess {files} --out datasets/{name}"
     )
 

@@ -47,7 +47,7 @@ def inspect(
     from orbq.preprocess.summary import edges, summarise
 
     opened = Dataset.open(dataset)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     summary = summarise(opened)
     manifest = opened.manifest
     console.print(

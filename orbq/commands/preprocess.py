@@ -120,7 +120,7 @@ def preprocess(
             Resources(workers, scheduler, timeout, blas),
             bar.show,
         )
-    summarise(dataset, Console(soft_wrap=True, highlight=False))
+    summarise(dataset, Console(soft_wrap=True, highlight=False, markup=False))
 
 
 class _Bar:

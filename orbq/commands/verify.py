@@ -34,7 +34,7 @@ def verify(
         told = "\n  ".join(problems)
         raise OrbqError(f"{dataset} is damaged:\n  {told}\n{checks.remedy(dataset, manifest)}")
     counts = manifest["counts"]
-    Console(soft_wrap=True, highlight=False).print(
+    Console(soft_wrap=True, highlight=False, markup=False).print(
         f"{dataset}: whole; {len(manifest['arrays'])} arrays of {counts['structures']:,} "
         f"structures, {counts['atoms']:,} atoms"
     )

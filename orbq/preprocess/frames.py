@@ -77,8 +77,10 @@ def every_file(sources: Iterable[Source]) -> list[Source]:
 
 def _expand(given: str) -> list[tuple[str, Path]]:
     path = Path(given)
-    if path.exists() and not path.is_dir():
+    if path.is_file():
         return [(given, path)]
+    if path.exists() and not path.is_dir():  # a device has no end, a pipe cannot be read twice
+        raise InputError(f"{given} is not a file: write the structures to one")
     if given in EMBEDDED:
         return [(given, embedded_path(given))]
     if parts := tmqm.parts(path):
@@ -262,7 +264,8 @@ def _read_any(source: Source, packed: str) -> Iterator[Frame]:
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # no escapes to terminals
 
 
 _BY_SUFFIX = {".xyz": _read_xyz, ".extxyz": _read_xyz}
