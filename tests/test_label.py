@@ -166,6 +166,38 @@ def test_chunks_shrink_towards_the_end_and_the_largest_come_first():
     np.testing.assert_array_equal(alone[1], [0, 1, 2, 3])
 
 
+def test_a_job_holds_tens_of_bytes_a_structure(tmp_path):
+    """Its plan and ledger; inputs and labels are on the disk."""
+    import tracemalloc
+
+    from orbq.preprocess.job import Ledger, Workspace
+    from orbq.preprocess.wire import Message
+
+    n = 100_000
+    numbers, offsets = np.ones(n, np.int32), np.arange(n + 1)
+    work = Workspace(tmp_path / "set")
+    work.acquire()
+    tracemalloc.start()
+    try:
+        chunks = schedule.plan(schedule.costs(numbers, offsets, "GFN1-xTB"))
+        ledger = Ledger(work, offsets, chunks)
+        for chunk in range(len(chunks.cost)):
+            m = len(chunks.members(chunk))
+            shapes = {"onsite": (m, 47), "xtb_forces": (m, 3), "xtb_energy": (m,)}
+            arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+            ledger.record(chunk, Message(arrays, {"failures": [], "notes": [], "blas": []}))
+        ledger.commit()
+        del arrays
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        work.release()
+    ledger.finish()
+    ledger.close()
+    assert kept < 48 * n  # order and energy of 8 bytes, whether it is labelled: 1, chunks: few
+    assert peak < 200 * n  # sorting by cost
+
+
 def test_two_jobs_do_not_share_a_directory(tmp_path):
     from orbq.preprocess.job import Workspace
 
