@@ -28,6 +28,7 @@ import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -214,12 +215,26 @@ def _batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> 
 
 
 _STATIC = ("table", "open_slot", "sizes", "dtypes", "shared")
-form_p.def_impl(jax.jit(_form, static_argnames=_STATIC))
+_jitted = jax.jit(_form, static_argnames=_STATIC)
+
+
+def _called(*args: Array, **params: Any) -> Array:
+    """``_form`` as a function of the program that XLA calls and does not inline.
+
+    The barriers do not keep XLA on CPU from fusing it with what surrounds it; calls do (a step of
+    benchmarks/bench_step.py's MACE setting with an `onsite` head: 211 CPU ms instead of 240).
+    """
+    with set_xla_metadata(inlineable="false"):
+        out: Array = _jitted(*args, **params)
+    return out
+
+
+form_p.def_impl(_jitted)
 form_p.def_abstract_eval(_abstract)
 ad.defjvp(form_p, *(_jvp_rule(n) for n in range(3)))
 ad.primitive_transposes[form_p] = _transpose
 batching.primitive_batchers[form_p] = _batch
-mlir.register_lowering(form_p, mlir.lower_fun(_form, multiple_results=False))
+mlir.register_lowering(form_p, mlir.lower_fun(_called, multiple_results=False))
 
 
 def edge_tensor_product(
