@@ -106,12 +106,13 @@ def test_dynamics_on_the_device_conserve_energy(run):
     """The documented example: the error of velocity Verlet is of second order in the step."""
     spreads = []
     for time_step, n_steps in ((0.2, 25), (0.1, 50)):
-        names = {"orbq": orbq, "run": run, "atoms": ethanol()}
+        given = {"orbq": orbq, "run": run, "atoms": ethanol()}
+        names = {**given, "time_step": time_step, "n_steps": n_steps}
         with jax.enable_x64(True):
-            exec(example(), names | (held := {"time_step": time_step, "n_steps": n_steps}), held)
-        energies = np.asarray(held["energies"])
+            exec(example(), names)
+        energies = np.asarray(names["energies"])
         assert energies.shape == (n_steps,)
-        moved = np.abs(np.asarray(held["state"].position) - names["atoms"].positions).max()
+        moved = np.abs(np.asarray(names["state"].position) - given["atoms"].positions).max()
         assert moved > 0.01
         spreads.append(np.ptp(energies))
     assert 3.0 < spreads[0] / spreads[1] < 5.0
