@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "orbq.commands.evaluate",
     "plot": "orbq.commands.plot",
     "predict": "orbq.commands.predict",
+    "export": "orbq.commands.export",
     "doctor": "orbq.commands.doctor",
 }
 
