@@ -7,6 +7,7 @@ give the same update on any number of devices, to rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -73,13 +74,30 @@ def join(cluster: Cluster) -> None:
     if any(given) and not all(given):
         raise InputError("give --coordinator, --processes and --process together, or none of them")
     try:
-        jax.distributed.initialize(cluster.coordinator, cluster.n_processes, cluster.process)
+        jax.distributed.initialize(*cluster, local_device_ids=own_gpus(os.environ))
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the processes of the job cannot find each other ({str(error).splitlines()[0]}): "
             "start all of them, and give --coordinator HOST:PORT --processes N --process 0..N-1 "
             "where no cluster manager says so"
         ) from error
+
+
+def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this task among those that SLURM lets it see; None where SLURM names none.
+
+    (JAX alone takes the one GPU whose number is the task's on its node: too few for one task per
+    node, and one that does not exist where each task sees only its own.)
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("ROCR_VISIBLE_DEVICES")
+    if not visible or "SLURM_LOCALID" not in environment:
+        return None
+    n_gpus, task = len(visible.split(",")), int(environment["SLURM_LOCALID"])
+    n_tasks = int(environment["SLURM_NTASKS"]) // int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    if "SLURM_GPUS_PER_TASK" in environment or n_gpus < n_tasks:
+        return list(range(n_gpus))
+    share = n_gpus // max(n_tasks, 1)
+    return list(range(task * share, (task + 1) * share))
 
 
 def choose(parts: int, begun: bool = False) -> Layout:

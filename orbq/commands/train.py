@@ -54,6 +54,8 @@ def train(
     """Train a potential on energies, forces and the targets that have a weight.
 
     The same command goes on where it was stopped, by whatever: Ctrl-C, SIGTERM, a power cut.
+    SIGTERM (preemption) writes a checkpoint and ends with status 143. Of several processes every
+    one has to see run.directory and the data sets.
 
     Writes checkpoints, metrics.jsonl and run.json to run.directory (default runs/<name of CONFIG>);
     load it with orbq.load, or use orbq evaluate and orbq predict.
@@ -62,8 +64,11 @@ def train(
     Examples:
       orbq train configs/demo.toml
       orbq train configs/demo.toml loss.weights.onsite=3 run.directory=runs/w3
-      orbq train mine.toml training.batch_size=64       # on all devices of this machine
-      srun orbq train mine.toml --distributed           # on all devices of a SLURM job
+      CUDA_VISIBLE_DEVICES=0 orbq train mine.toml       # on one GPU of this machine
+      orbq train mine.toml training.batch_size=64       # on all its devices
+      srun orbq train mine.toml --distributed           # SLURM: one task for each GPU
+      orbq train mine.toml --distributed                # TPU pod: the same on every worker
+      orbq train mine.toml --coordinator host0:8476 --processes 2 --process 0   # by hand
     """
     from orbq import devices
     from orbq.config import load_config
