@@ -33,6 +33,7 @@ COMMANDS = {
     "plot": "orbq.commands.plot",
     "predict": "orbq.commands.predict",
     "export": "orbq.commands.export",
+    "embed": "orbq.commands.embed",
     "doctor": "orbq.commands.doctor",
 }
 

@@ -24,6 +24,23 @@ _RADII = (
 )
 COVALENT_RADIUS = np.concatenate([[1.0], np.array(_RADII.split(), float)])  # [87] Å; padding 1
 _ROW_ENDS = (2, 10, 18, 36, 54, 86)  # the noble gases
+# H He B C N O F Ne Si P S Cl Ar Ge As Se Br Kr Sb Te I Xe Po At Rn: neither metals nor called so
+_NONMETALS = {1, 2, *range(5, 11), *range(14, 19), *range(32, 37), *range(51, 55), 84, 85, 86}
+METALS = tuple(z for z in range(1, MAX_Z + 1) if z not in _NONMETALS)
+
+
+def row(z: int) -> int:
+    """Row of the periodic table, 1 to 6."""
+    return int(np.searchsorted(_ROW_ENDS, z)) + 1
+
+
+def group(z: int) -> int:
+    """Group of the periodic table, 1 to 18; of the lanthanides 3."""
+    before = (0, *_ROW_ENDS)[row(z) - 1]
+    place, length = z - before, _ROW_ENDS[row(z) - 1] - before
+    if place <= 2 and z != 2:
+        return place
+    return max(3, place + 18 - length)
 
 
 def descriptors(elements: Sequence[int]) -> np.ndarray:
@@ -33,9 +50,8 @@ def descriptors(elements: Sequence[int]) -> np.ndarray:
     electrons, row, covalent radius, and the inverse radius.
     """
     table = shells()
-    z = np.arange(1, MAX_Z + 1)
     occupation = table.occupation[1:]
-    row = np.searchsorted(_ROW_ENDS, z)
+    rows = [row(z) - 1 for z in range(1, MAX_Z + 1)]
     radius = COVALENT_RADIUS[1:]
     columns = [
         occupation[:, 0] + occupation[:, 1],
@@ -43,7 +59,7 @@ def descriptors(elements: Sequence[int]) -> np.ndarray:
         occupation[:, 3],
         *table.shell_mask[1:, 2:].T,
         table.valence[1:],
-        row,
+        rows,
         radius,
         1 / radius,
     ]

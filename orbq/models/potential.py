@@ -214,6 +214,26 @@ def head_targets(architecture: Architecture) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def node_features(
+    potential: Potential,
+    params: Params,
+    positions: Float[Array, "N 3"],
+    graph: jraph.GraphsTuple,
+) -> Float[Array, "N C"]:
+    """The invariant features of every atom after the last layer, from which its energy is read."""
+    network = _Network(potential.architecture, potential.constants)
+    _, found = network.apply(
+        {"params": params},
+        positions,
+        graph,
+        (),
+        capture_intermediates=lambda module, _: module.name == "backbone",
+        mutable=["intermediates"],
+    )
+    (features,) = found["intermediates"]["backbone"]["__call__"]
+    return jnp.asarray(features.scalars[-1], positions.dtype)
+
+
 def energy_fn(potential: Potential) -> Callable[..., Array]:
     """``(params, positions, graph) -> energy`` (eV, relative to the references), summed over the
     batch's real structures; its ``-jax.grad(..., argnums=1)`` are the forces (eV/Å)."""
