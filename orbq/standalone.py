@@ -9,7 +9,7 @@
 The program itself is ``potential.bin``, StableHLO as ``jax.export`` writes it (which reads and
 writes with the package flatbuffers); ``manifest.json`` says what goes in and comes out:
 
-    program = jax.export.deserialize(Path("potential.bin").read_bytes())
+    program = jax.export.deserialize(bytearray(Path("potential.bin").read_bytes()))
     energy, forces = program.call(positions, numbers, shifts, senders, receivers, charge, spin)
 
 An edge (sender j -> receiver i) stands for ``r = x[i] - x[j] + shift`` with |r| < cutoff, both
@@ -62,7 +62,8 @@ class Potential:
             jax.config.update("jax_enable_x64", True)
         self.dtype = np.dtype(self.manifest["precision"])
         self.cutoff = float(self.manifest["cutoff"])
-        self.program = jax.jit(jax.export.deserialize((directory / PROGRAM).read_bytes()).call)
+        stored = bytearray((directory / PROGRAM).read_bytes())
+        self.program = jax.jit(jax.export.deserialize(stored).call)
 
     def __call__(
         self,
