@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 ELSEWHERE = re.findall(r'"([\w/]+\.md)"', (DOCS / "hooks.py").read_text(encoding="utf-8"))
+
+
+def test_the_installation_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z-]+)`", " ".join(re.findall(r"^\|.*", page, re.MULTILINE))))
+    assert set(project["optional-dependencies"]) <= named
 
 
 def test_every_page_is_in_the_navigation() -> None:
