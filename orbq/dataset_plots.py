@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from orbq.errors import InputError
+from orbq.preprocess.flat import release
 from orbq.preprocess.store import Dataset
 from orbq.preprocess.summary import Summary, atom_values
 
@@ -65,7 +66,8 @@ def _per_atom(dataset: Dataset, name: str) -> np.ndarray:
 def _of_atoms(dataset: Dataset, name: str) -> np.ndarray:
     """Values of evenly spaced runs of atoms whose structures have the label."""
     atoms, offsets = len(dataset["numbers"]), np.asarray(dataset.offsets)
-    mask = np.asarray(dataset.mask("onsite" if name == "xtb_charges" else name))
+    field = "onsite" if name == "xtb_charges" else name
+    mask = np.asarray(dataset.mask(field))
     starts = np.unique(np.linspace(0, max(atoms - BLOCK, 0), SAMPLE // BLOCK).astype(int))
     if atoms <= SAMPLE:
         starts = np.arange(0, atoms, BLOCK)
@@ -74,6 +76,7 @@ def _of_atoms(dataset: Dataset, name: str) -> np.ndarray:
         run = slice(start, min(start + BLOCK, atoms))
         structure = np.searchsorted(offsets, np.arange(run.start, run.stop), side="right") - 1
         out.append(atom_values(dataset, name, run)[mask[structure]])
+        release(dataset[field])
     return np.concatenate(out)
 
 
