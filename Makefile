@@ -15,7 +15,7 @@ DOCS := $(VENV)/.orbq-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input --no-compile
 NEEDED := "orbq needs Python 3.11 or newer: make PYTHON=/path/to/python3"
 
-.PHONY: demo test lint package docs extras bench clean distclean setup setup-dev FORCE
+.PHONY: demo test lint package docs extras fuzz bench clean distclean setup setup-dev FORCE
 .DELETE_ON_ERROR:
 
 demo: $(CORE)
@@ -49,6 +49,11 @@ EXTRAS ?= $(shell sed -n '/^\[project.optional/,/^\[project.s/s/^\([a-z-]*\) = \
 extras: $(CORE)
 	set -e; for extra in $(EXTRAS); do \
 		$(PIP) --dry-run -c constraints.txt ".[$$extra]"; echo "$$extra: resolves"; done
+
+# until stopped: make fuzz ARGS="structures -max_total_time=600"; or configurations, datasets, runs
+fuzz: $(DEV)
+	$(PIP) -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: $(DEV)
 	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done

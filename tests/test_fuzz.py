@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from ase.build import molecule
 
 from orbq.download import QM7_ARCHIVE, make_qm7
-from orbq.errors import OrbqError
+from orbq.errors import InputError, OrbqError
+from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.store import write_atomically
 from tests import make_malformed
 from tests.malformed_config import archives
 
@@ -83,3 +86,23 @@ def test_an_archive_is_never_unpacked(tmp_path, name):
         make_qm7(archive.parent)
     assert str(archive) in str(error.value)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [archive]
+
+
+@pytest.mark.parametrize("name", [".job/lock", ".job/staged.json.tmp", ".job"])
+def test_links_are_not_followed_out_of_the_directory(tmp_path, name):
+    precious = tmp_path / "precious"
+    precious.mkdir() if name == ".job" else precious.write_text("mine")
+    link = tmp_path / "set" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    with pytest.raises(InputError, match=rf"{link} is a link"):
+        preprocess([molecule("H2O")], tmp_path / "set", resources=Resources(workers=1))
+    assert list(precious.iterdir()) == [] if name == ".job" else precious.read_text() == "mine"
+
+
+def test_a_link_in_place_of_a_partial_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a.json.tmp").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "a.json", "{}")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "{}"

@@ -70,6 +70,7 @@ class Workspace:
                     f"{self.out} is not empty and not a data set of orbq (it holds {others[0]}): "
                     "choose another directory for --out"
                 )
+        self._refuse_links()
         self.state.mkdir(parents=True, exist_ok=True)
         self._lock = (self.state / "lock").open("w")
         try:
@@ -77,6 +78,16 @@ class Workspace:
         except OSError as error:
             self.release()
             raise InputError(f"another process is writing to {self.out}: wait for it") from error
+
+    def _refuse_links(self) -> None:
+        """Links in somebody else's directory would be followed to files outside of it."""
+        for directory in (self.out, self.state):
+            for path in directory.iterdir() if directory.is_dir() else ():
+                if path.is_symlink():
+                    raise InputError(
+                        f"{path} is a link, and orbq writes to no file outside of --out: take it "
+                        "away, or choose another directory"
+                    )
 
     def release(self) -> None:
         """Let go of the directory."""

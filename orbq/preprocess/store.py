@@ -269,6 +269,7 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file ``path`` by ``text`` in one step that survives a power cut."""
     partial = path.with_name(path.name + ".tmp")
+    partial.unlink(missing_ok=True)  # a link that lies there would be followed
     with partial.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
