@@ -50,8 +50,9 @@ def on_files(files: Any, config: Any) -> Any:
         add(path.name, content=without_links(path.read_text(encoding="utf-8")))
     for path in sorted(ROOT.glob(FIGURES)):
         add(f"results/{path.name}", abs_src_path=str(path))
-    for path in notebooks():
-        add(f"notebooks/{path.name}", abs_src_path=str(path))
+    for path in notebooks():  # as files of the repository: their plugin asks for the folder
+        name = str(path.relative_to(ROOT))
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
