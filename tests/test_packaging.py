@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +97,26 @@ def test_requirements_have_lower_bounds_that_the_tested_versions_meet() -> None:
             if name in pins:
                 assert requirement.specifier.contains(pins[name], prereleases=True), requirement
             assert extra not in ("", "dev", "docs") or name in pins, f"{name} is not pinned"
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ("orbq tra", "train"),
+        ("orbq train --res", "--resume"),
+        ("orbq preprocess --wor", "--workers"),
+    ],
+)
+def test_the_shell_completes_commands_and_options(words: str, wanted: str) -> None:
+    environment = {
+        **os.environ,
+        "_ORBQ_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    command = [sys.executable, "-m", "orbq.cli"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert wanted in done.stdout.split(), done.stderr
 
 
 def test_the_map_names_every_file() -> None:
