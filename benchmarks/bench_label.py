@@ -3,6 +3,7 @@
     python benchmarks/bench_label.py                          # about 18 minutes on 2 idle cores
     python benchmarks/bench_label.py --sets qm7 --rounds 3    # one or two processes: 6 minutes
     python benchmarks/bench_label.py --every 5                # a sample, about 4 minutes
+    python benchmarks/bench_label.py --tail --sets qm7        # idle time at the end of a job
     python benchmarks/bench_label.py --blas off auto libmkl_rt.so.3    # one library by its path
 
 For tmQMg's 479 complexes and every second molecule of QM7 (the embedded tmc where these are not at
@@ -27,6 +28,7 @@ the charge-collapsed ABEVAG (La) rescued at 1000 K.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
 import platform
@@ -158,6 +160,34 @@ def two_at_once(blas: str, source: str) -> dict[str, Any]:
     return max(both, key=lambda run: float(run["wall"]))
 
 
+def tail(source: str) -> dict[str, float]:
+    """Speed-up of n processes, {n: times}, that take the chunks in turn and do nothing else.
+
+    From the CPU time of each structure, so that it does not depend on what else the machine does.
+    """
+    from orbq.preprocess import schedule, xtb
+    from orbq.preprocess.read import read_structures
+    from orbq.schema import Structure
+
+    structures = [s for s in read_structures([source]) if isinstance(s, Structure)]
+    xtb.label(structures[0])  # imports
+    seconds = np.empty(len(structures))
+    for i, s in enumerate(structures):
+        begin = time.process_time()
+        xtb.label(s)
+        seconds[i] = time.process_time() - begin
+    numbers = np.concatenate([s.numbers for s in structures])
+    offsets = np.cumsum([0, *(len(s.numbers) for s in structures)])
+    chunks = schedule.plan(schedule.costs(numbers, offsets, "GFN1-xTB"))
+    speedup = {}
+    for workers in (2, 8, 32):
+        free = [0.0] * workers  # when each process is
+        for chunk in range(len(chunks.cost)):
+            heapq.heapreplace(free, free[0] + seconds[chunks.members(chunk)].sum())
+        speedup[str(workers)] = float(seconds.sum() / max(free))
+    return speedup
+
+
 # --------------------------------------------------------------------------- the comparison
 
 
@@ -192,8 +222,8 @@ def compare(
                 to = f"{place}-{workers}"
                 runs[workers].append(in_process(blas, "orbq", source, to, blas, workers))
         made.append(Dataset.open(directory / f"{name}-{number}-0-1"))
-        first = out[libraries[0]] if made[1:] else None
-        out[blas] = {**ratios(runs), **beside(first, runs, made)}
+        first = out[Path(libraries[0]).name] if made[1:] else None
+        out[Path(blas).name] = {**ratios(runs), **beside(first, runs, made)}
     out["largest_atomic_charge"] = float(
         np.abs(atomic_charges(np.asarray(made[0]["onsite"]))).max()
     )
@@ -282,13 +312,14 @@ def main() -> None:
         help="off, auto or paths; the first is the base",
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--tail", action="store_true", help="only the idle time at the end")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         kind, *rest = given.measure
         source, *options = rest
-        if kind == "bare":
-            print(json.dumps(bare(source)))
+        if kind in ("bare", "tail"):
+            print(json.dumps({"bare": bare, "tail": tail}[kind](source)))
         else:
             print(json.dumps(orbq(source, options[0], options[1], int(options[2]))))
         return
@@ -309,6 +340,10 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.sets:
+            if given.tail:
+                source = str(sample(name, given.every, Path(scratch)))
+                print(f"{name}: processes and speed-up {in_process('off', 'tail', source)}")
+                continue
             found = compare(name, given.every, given.rounds, given.blas, Path(scratch))
             show(found)
             RESULTS.parent.mkdir(exist_ok=True)
