@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +61,7 @@ DEFAULT_RECIPE = Recipe()
 
 
 def preprocess(
-    inputs: Sequence[Any],
+    inputs: Any,
     out: str | Path,
     recipe: Recipe = DEFAULT_RECIPE,
     resources: Resources = HERE,
@@ -69,10 +69,11 @@ def preprocess(
 ) -> Dataset:
     """Read structures, label them with xTB, and store a data set in the directory ``out``.
 
-    inputs: files (also globs and names of embedded data sets), or ``ase.Atoms``. Structures that
-    cannot be used are left out, those that xTB cannot label are kept without labels; both are in
-    failures.jsonl with the reason. An interrupted job goes on when called again the same way, and
-    the finished data set does not depend on interruptions or on ``resources``.
+    inputs: one or several files (also globs and names of embedded data sets), or one ``ase.Atoms``
+    or any iterable of them, which are held in memory. Structures that cannot be used are left out,
+    those that xTB cannot label are kept without labels; both are in failures.jsonl with the reason.
+    An interrupted job goes on when called again the same way, and the finished data set does not
+    depend on interruptions or on ``resources``.
 
     Raises InputError when a whole file is at fault, or ``out`` holds something else; OrbqError when
     the disk is full or the labelling processes cannot be run.
@@ -122,9 +123,9 @@ def _sources(reader: Reader) -> list[dict[str, str]]:
     return [{"name": source.name, "sha256": source.sha256} for source in every_file(reader.sources)]
 
 
-def _reader(inputs: Sequence[Any], keys: Keys) -> Reader:
-    if isinstance(inputs, str | Path):
-        inputs = [inputs]
+def _reader(inputs: Any, keys: Keys) -> Reader:
+    one = isinstance(inputs, str | Path) or hasattr(inputs, "get_positions")
+    inputs = [inputs] if one else list(inputs)
     if not inputs:
         raise InputError("no input given")
     if all(isinstance(item, str | Path) for item in inputs):
@@ -135,10 +136,14 @@ def _reader(inputs: Sequence[Any], keys: Keys) -> Reader:
     for atoms in inputs:
         for name, value in sorted(named_values(atoms, bare=False).items()):
             array = np.asarray(value)
-            data = repr(value).encode() if array.dtype == object else array.tobytes()
-            digest.update(f"{name} {array.dtype} {array.shape}".encode() + data)
+            data = _encoded(repr(value)) if array.dtype == object else array.tobytes()
+            digest.update(_encoded(f"{name} {array.dtype} {array.shape}") + data)
         digest.update(atoms.cell.array.tobytes() + atoms.pbc.tobytes())
     return Reader([Source("atoms in memory", Path(), digest.hexdigest())], keys, inputs)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
 
 
 # --------------------------------------------------------------------------- which job it is
