@@ -54,3 +54,6 @@ class Invariant(nn.Module):
             features = Layer(settings, name=f"layer{n}")(features, geometry)
             scalars.append(features[:, 0])
         return Features(tuple(scalars), features, geometry)
+
+
+BACKBONE = Invariant

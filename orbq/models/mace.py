@@ -220,3 +220,6 @@ class MACE(nn.Module):
             features, equivariant = layer(features, geometry)
             scalars.append(features[:, 0])
         return Features(tuple(scalars), equivariant, geometry)
+
+
+BACKBONE = MACE

@@ -89,3 +89,6 @@ class NequIP(nn.Module):
             features = layer(features, geometry)
             scalars.append(features[:, 0])
         return Features(tuple(scalars), equivariant, geometry)
+
+
+BACKBONE = NequIP

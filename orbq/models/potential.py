@@ -12,6 +12,7 @@ Charge heads are computed only for the targets asked for: asking for none never 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,19 +22,16 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float
 
+from orbq import config
 from orbq.models.heads import SMALL, Segments, TargetHead
 from orbq.models.initial import dense, draw
-from orbq.models.invariant import Invariant
 from orbq.models.layers import Settings
-from orbq.models.mace import MACE
-from orbq.models.nequip import NequIP
 from orbq.orbitals import GFN1
 from orbq.targets import TARGETS, Statistics
 
+# the configuration's names are those of the modules beside this one, each with its BACKBONE
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "nequip": NequIP,
-    "mace": MACE,
-    "invariant": Invariant,
+    name: import_module(f"orbq.models.{name}").BACKBONE for name in config.BACKBONES
 }
 Params = Mapping[str, Any]
 
