@@ -213,3 +213,9 @@ def constants(targets: Sequence[str] = tuple(TARGETS), elements=ELEMENTS) -> Con
 def heads(kind: str, targets: Sequence[str] = tuple(TARGETS)) -> tuple[tuple[str, str], ...]:
     """One head of ``kind`` for each target; the xTB energy and forces share an energy readout."""
     return tuple((n, "energy" if n.startswith("xtb_") else kind) for n in targets)
+
+
+def split_heads(params: Any) -> tuple[dict, dict]:
+    """(backbone and energy readout, everything that only auxiliary targets need)."""
+    auxiliary = {k: v for k, v in params.items() if k.startswith("head_") or k == "xtb_energy"}
+    return {k: v for k, v in params.items() if k not in auxiliary}, auxiliary

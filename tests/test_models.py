@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jraph
 import numpy as np
 import pytest
 from graphs import (
     CUTOFF,
-    ELEMENTS,
     TINY,
     Molecule,
     Size,
@@ -27,12 +25,12 @@ from graphs import (
     random_params,
     random_rotation,
     representation,
+    split_heads,
     three,
     together,
 )
 
-from orbq import config, orbitals
-from orbq.models.heads import n_parameters
+from orbq import orbitals
 from orbq.models.potential import (
     BACKBONES,
     Potential,
@@ -101,10 +99,6 @@ def force_model(backbone: str) -> Any:
 def atoms(value: np.ndarray, molecules: list[Molecule]) -> np.ndarray:
     """The rows of real atoms."""
     return value[: sum(len(m.numbers) for m in molecules)]
-
-
-def test_the_configuration_names_every_backbone():
-    assert tuple(BACKBONES) == config.BACKBONES
 
 
 # --------------------------------------------------------------------------- symmetry
@@ -379,12 +373,6 @@ def test_hessian_vector_product(backbone):
 # --------------------------------------------------------------------------- energy alone
 
 
-def split_heads(params: Any) -> tuple[dict, dict]:
-    """(backbone and energy readout, everything that only auxiliary targets need)."""
-    auxiliary = {k: v for k, v in params.items() if k.startswith("head_") or k == "xtb_energy"}
-    return {k: v for k, v in params.items() if k not in auxiliary}, auxiliary
-
-
 @backbones
 def test_energy_alone_never_reads_a_head(backbone):
     run, inputs = model(backbone), make_graph(three(), SIZE)
@@ -395,79 +383,3 @@ def test_energy_alone_never_reads_a_head(backbone):
     np.testing.assert_array_equal(before.energy, after.energy)
     np.testing.assert_array_equal(before.forces, after.forces)
     same(before._replace(charges={}), run(three())._replace(charges={}))
-
-
-@backbones
-def test_energy_and_forces_are_the_program_of_an_energy_only_potential(backbone):
-    multitask = model(backbone).potential
-    alone = make_potential(multitask.architecture._replace(heads=()), constants(()))
-    inputs = make_graph(three(), SIZE)
-    texts, flops = [], []
-    for potential in (multitask, alone):
-        params = random_params(potential)
-        lowered = jax.jit(lambda p, x, g, potential=potential: predict(potential, p, x, g)).lower(
-            params, *inputs
-        )
-        texts.append(lowered.as_text())
-        flops.append(lowered.cost_analysis()["flops"])
-    assert texts[0] == texts[1]
-    assert flops[0] == flops[1] > 0
-
-
-@backbones
-def test_heads_leave_the_initial_backbone_untouched(backbone):
-    small = TINY._replace(backbone=backbone, n_layers=1)  # initialising is slow to compile
-    inputs, targets, initial = make_graph(three(), SIZE), ("atomic", "xtb_energy"), []
-    for some in (heads("invariant", targets), ()):
-        potential = make_potential(small._replace(heads=some), constants(targets))
-        initial.append(quick_jit(potential.init)(jax.random.key(7), *inputs))
-    kept, auxiliary = split_heads(initial[0])
-    jax.tree.map(np.testing.assert_array_equal, kept, dict(initial[1]))
-    assert n_parameters(auxiliary) > 0
-    assert not split_heads(initial[1])[1]
-
-
-@backbones
-def test_initial_parameters_do_not_depend_on_the_batch(backbone):
-    init, key = jax.jit(model(backbone).potential.init), jax.random.key(7)
-    texts = {init.lower(key, *make_graph(batch)).as_text() for batch in (three(), [of_name("H2O")])}
-    assert len(texts) == 1  # one program, and it does not even take the batch
-
-
-@backbones
-def test_parameters_take_the_precision_of_the_positions(backbone):
-    """Else the first update in float64 changes their type, and the step is compiled twice."""
-    potential, found = model(backbone).potential, {}
-    for double in (True, False):
-        with jax.enable_x64(double):
-            inputs = make_graph([of_name("H2O")])
-            shapes = jax.eval_shape(potential.init, jax.random.key(0), *inputs)
-        found[double] = {leaf.dtype.name for leaf in jax.tree.leaves(shapes)}
-    assert found == {True: {"float64"}, False: {"float32"}}
-
-
-# --------------------------------------------------------------------------- what is refused
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(KeyError, match="nequip"):
-        make_potential(TINY._replace(backbone="nequipp"), constants())
-    with pytest.raises(KeyError, match="orbitals"):
-        make_potential(TINY._replace(heads=(("orbitals", "equivariant"),)), constants())
-    with pytest.raises(KeyError, match="covariant"):
-        make_potential(TINY._replace(heads=(("orbital", "covariant"),)), constants())
-
-
-def test_graph_builder_pads_as_jraph_does():
-    """The builder of these tests against jraph's own padding."""
-    positions, graph = make_graph(three())
-    whole = graph._replace(nodes={**graph.nodes, "positions": positions})
-    padded = jraph.pad_with_graphs(whole, *SIZE)
-    ours_positions, ours = make_graph(three(), SIZE)
-    np.testing.assert_array_equal(padded.n_node, ours.n_node)
-    np.testing.assert_array_equal(padded.n_edge, ours.n_edge)
-    np.testing.assert_array_equal(padded.nodes["positions"], ours_positions)
-    real = int(graph.n_edge.sum())
-    np.testing.assert_array_equal(padded.senders[:real], ours.senders[:real])
-    assert (np.diff(ours.receivers) >= 0).all()
-    assert set(np.concatenate([m.numbers for m in three()])) == set(ELEMENTS)
