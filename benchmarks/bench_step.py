@@ -2,6 +2,7 @@
 
     taskset -c 1 python benchmarks/bench_step.py                # ours, 4 minutes
     taskset -c 1 python benchmarks/bench_step.py --peers ENVIRONMENTS --rounds 2    # and the peers
+    taskset -c 1 python benchmarks/bench_step.py --phases mace       # where a step's time goes
 
 Batches of 16 molecules (8 acetylacetone, 8 3BPA; 336 atoms, about 5,040 edges at 5 Å), float32,
 loss of energies and forces, Adam; the workload and the peers' scripts are those of ../shared/peers,
@@ -9,7 +10,7 @@ whose README says how to make one environment per peer (ENVIRONMENTS holds mlip,
 torch). Each measurement is a fresh process; ours and the peers' take turns. Atoms per CPU-second
 from the median step. "first call" is the compilation of the training step without any cache,
 "cached" a second process that finds it. "head" is the share of an `onsite` head in a training step.
-Appends to results/step.jsonl.
+Appends to results/step.jsonl; the phases of a step (phases.py), to results/phases.jsonl.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT.parent / "shared" / "peers"
 RESULTS = ROOT / "benchmarks" / "results" / "step.jsonl"
+PHASES = RESULTS.with_name("phases.jsonl")
 N_ATOMS, N_EDGES, N_STRUCTURES = 384, 5248, 17  # padded sizes, as the peers' multiples of 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "mace": {"backbone": "mace", "n_layers": 2, "lmax": 2, "lmax_hidden": 1},
@@ -105,22 +108,28 @@ def load_batches() -> tuple[list[Any], float]:
     return out, float(common.stats(molecules)["avg_num_neighbors"])
 
 
-def measure(setting: str, head: bool) -> dict[str, Any]:
-    """Our model of a setting in this process, timed as the peers are."""
+class Program(NamedTuple):
+    """Our model of a setting, its training step, and what that is called with."""
+
+    potential: Any
+    step: Any
+    state: Any
+    batches: list[Any]
+    hyper: Any
+
+
+def make_program(setting: str, head: bool) -> Program:
+    """Nothing is compiled yet but the initial parameters."""
     import jax
     import jax.numpy as jnp
 
     from orbq.losses import LossSpec
-    from orbq.models.heads import n_parameters
-    from orbq.models.potential import Architecture, Constants, make_potential, predict
+    from orbq.models.potential import Architecture, Constants, make_potential
     from orbq.orbitals import MAX_Z
     from orbq.targets import TARGETS, Statistics
     from orbq.train import Hyper, make_init, make_train_step
 
     batches, neighbors = load_batches()
-    sys.path.insert(0, str(PEERS))
-    import bench_common as common
-
     targets = ("onsite",) if head else ()
     shape = (MAX_Z + 1, TARGETS["onsite"].k)
     stats = {name: Statistics(np.zeros(shape), np.ones(shape)) for name in targets}
@@ -135,13 +144,27 @@ def measure(setting: str, head: bool) -> dict[str, Any]:
     hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
     data = jax.device_put(batches)
     state = jax.jit(make_init(potential))(jax.random.key(0), data[0])
-    train = jax.jit(make_train_step(potential, spec))
+    return Program(potential, make_train_step(potential, spec), state, data, hyper)
+
+
+def measure(setting: str, head: bool) -> dict[str, Any]:
+    """Our model of a setting in this process, timed as the peers are."""
+    import jax
+
+    from orbq.models.heads import n_parameters
+    from orbq.models.potential import predict
+
+    program = make_program(setting, head)
+    import bench_common as common
+
+    potential, data, state = program.potential, program.batches, program.state
+    train = jax.jit(program.step)
     infer = jax.jit(lambda p, r, g: predict(potential, p, r, g)[:2])
     kept = [state]
     losses = []
 
     def step(batch: Any) -> None:
-        kept[0], metrics = train(kept[0], batch, hyper)
+        kept[0], metrics = train(kept[0], batch, program.hyper)
         losses.append(float(metrics["loss"]))
 
     timing = argparse.Namespace(min_steps=6, min_seconds=12.0, max_steps=60)
@@ -161,6 +184,49 @@ def measure(setting: str, head: bool) -> dict[str, Any]:
         "infer_first_call_s": round(inferred["first_s"], 2),
         "peak_rss_mb": round(max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)),
         "versions": {p: version(p) for p in ("jax", "flax", "e3nn-jax")},
+    }
+
+
+def measure_phases(setting: str) -> None:
+    """The share of each phase of a training step with an `onsite` head: printed, appended."""
+    import jax
+    from phases import durations, machine_limits, share_of_phases, show
+
+    program = make_program(setting, head=True)
+    inputs = program.state, program.batches[0], program.hyper
+    start = time.process_time()
+    compiled = jax.jit(program.step).lower(*inputs).compile()
+    compile_cpu_s = time.process_time() - start
+    jax.block_until_ready(compiled(*inputs))
+    limits = machine_limits()
+    rows = share_of_phases(
+        compiled.as_text(), durations(lambda: compiled(*inputs), n_runs=7), limits
+    )
+    cost = compiled.cost_analysis()
+    show(rows, limits)
+    total = {"gflop": 1e-9 * cost["flops"], "gbyte": 1e-9 * cost["bytes accessed"]}
+    record = {
+        "setting": setting,
+        "phases": rows,
+        "xla": {key: round(value, 2) for key, value in total.items()},
+        "limits": {key: float(f"{value:.3g}") for key, value in limits._asdict().items()},
+        "compile_cpu_s": round(compile_cpu_s, 1),
+        **circumstances(),
+    }
+    with PHASES.open("a") as results:
+        results.write(json.dumps(record) + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, load, versions and commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
+        "jax": version("jax"),
+        "commit": commit,
     }
 
 
@@ -230,6 +296,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--rounds", type=int, default=1, help="repetitions; medians are shown")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--phases", choices=SETTINGS, help="share of each phase of a training step")
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -238,19 +305,13 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, given.head)))
         return
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    if given.phases:
+        measure_phases(given.phases)
+        return
     for setting in given.settings:
         rows = compare(setting, given.peers, given.rounds)
         show(rows)
-        where = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load": os.getloadavg()[0],
-            "rounds": given.rounds,
-            "jax": version("jax"),
-            "commit": commit,
-        }
+        where = {"rounds": given.rounds, **circumstances()}
         with RESULTS.open("a") as results:
             results.writelines(json.dumps({**row, **where}) + "\n" for row in rows)
 
