@@ -178,7 +178,7 @@ def _per_atom(elements: Elements, values: np.ndarray, z: np.ndarray) -> np.ndarr
 
 
 def structure_of(dataset: Dataset, row: int) -> ase.Atoms:
-    """A structure of a data set."""
+    """A structure of a data set, with its charge and spin multiplicity."""
     offsets = dataset["offsets"]
     own = slice(int(offsets[row]), int(offsets[row + 1]))
     return ase.Atoms(
@@ -186,4 +186,8 @@ def structure_of(dataset: Dataset, row: int) -> ase.Atoms:
         positions=dataset["positions"][own],
         cell=dataset["cell"][row],
         pbc=dataset["pbc"][row],
+        info={
+            "charge": int(dataset["total_charge"][row]),
+            "spin_multiplicity": int(dataset["spin_multiplicity"][row]),
+        },
     )
