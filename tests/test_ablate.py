@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from orbq.preprocess.label import Resources, preprocess
 from orbq.study import run_ablation
 from orbq.study.plan import BASELINE, make_plan, settings_of
 from orbq.study.program import Training
-from orbq.study.report import rows_of, write_report
+from orbq.study.report import PAGE, rows_of, write_report
 from orbq.study.run import PROGRAMS, RESULTS, read_results
 from orbq.train import Hyper
 
@@ -181,6 +182,59 @@ def test_run_0_of_a_program_equals_the_run_alone(dataset: Path) -> None:
     assert records[0]["test"] != records[2]["test"]
 
 
+# --------------------------------------------------------------------------- devices, chunks
+
+_SHARDED = """
+import json, sys; sys.path.insert(0, {tests!r})
+import jax
+from test_ablate import config
+from orbq.study.plan import make_plan
+from orbq.study.program import Training
+assert len(jax.local_devices()) == 4
+(program,) = make_plan(config({dataset!r}, **{sections!r}))
+training = Training(program)
+records = training.run()
+devices = {{d for leaf in jax.tree.leaves(training.state) for d in leaf.devices()}}
+print(json.dumps({{"records": records, "devices": len(devices)}}))
+"""
+
+
+def same_records(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same runs with the same errors: to float32 rounding, which Adam amplifies."""
+    for a, b in zip(found, expected, strict=True):
+        assert [a[k] for k in ("arm", "weight", "seed", "best_step", "diverged")] == [
+            b[k] for k in ("arm", "weight", "seed", "best_step", "diverged")
+        ]
+        for part in ("validation", "test"):
+            assert a[part] == pytest.approx(b[part], rel=1e-3)
+        assert a["curve"]["validation"] == pytest.approx(b["curve"]["validation"], rel=1e-3)
+        assert a["curve"]["loss"] == pytest.approx(b["curve"]["loss"], rel=1e-3)
+
+
+def test_records_do_not_depend_on_devices_nor_on_chunks(dataset: Path) -> None:
+    """Six runs on one device, on four (two more are made to fill them), and in three programs."""
+    sections = {"ablation": {"seeds": [0, 1, 2]}}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code = _SHARDED.format(
+        tests=str(Path(__file__).parent), dataset=str(dataset), sections=sections
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    (program,) = make_plan(config(dataset, **sections))
+    whole = Training(program)
+    records = whole.run()
+    assert len(records) == 6
+    chunks = make_plan(config(dataset, **sections), max_runs=2)
+    assert len(chunks) == 3
+    same_records([r for c in chunks for r in Training(c, data=whole.data).run()], records)
+    out, _ = child.communicate(timeout=300)
+    assert child.returncode == 0
+    sharded = json.loads(out.splitlines()[-1])
+    assert sharded["devices"] == 4
+    same_records(sharded["records"], records)
+
+
 # --------------------------------------------------------------------------- resumption
 
 _CHILD = """
@@ -219,7 +273,8 @@ def test_a_killed_ablation_goes_on_and_ends_with_the_same_numbers(
     with pytest.raises(InputError, match="of another configuration"):
         run_ablation(config(dataset, out, ablation={"seeds": [0]}, **sections))
 
-    summary = write_report(out, resumed)
+    summary = write_report(out, resumed, config(dataset, out, **sections))
+    assert "All 4 runs finished; none diverged" in (out / PAGE).read_text(encoding="utf-8")
     assert (out / "results.csv").read_text().count("\n") == 1 + 4
     rows = {row.arm: row for row in rows_of(resumed)}
     errors = [r["test"]["energy_mae_meV"] for r in resumed if r["arm"] == "shell"]
