@@ -143,7 +143,7 @@ def _form(
     # barriers keep XLA from fusing gathers and other forms into this one (measured: 2 to 3 times)
     args = jax.lax.optimization_barrier(args)
     wide = jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
-    args = [a.astype(wide) for a in args]
+    args = tuple(a.astype(wide) for a in args)
     given = dict(zip([s for s in SLOTS if s != open_slot], args, strict=True))
     lists = {
         s: [a[:, n, None] if a.ndim == 2 else a[:, n] for n in range(a.shape[1])]
