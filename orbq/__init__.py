@@ -13,20 +13,22 @@ from orbq.errors import InputError, OrbqError
 
 if TYPE_CHECKING:
     from orbq.calculator import Calculator
-    from orbq.config import Config, load_config
+    from orbq.config import Config, load_config, parse_config
     from orbq.data import open_dataset
     from orbq.ensemble import Ensemble
+    from orbq.fit import fit as run_training
     from orbq.jaxmd import jax_md
     from orbq.preprocess.frames import embedded_path as embedded
     from orbq.preprocess.label import preprocess as label
     from orbq.preprocess.store import Dataset
     from orbq.run import Run, load
     from orbq.stablehlo import export
+    from orbq.study import run_ablation
 
 __version__ = "0.1.0"
 
-# public name -> (module, name there). The labelling stage is called ``label`` here because
-# ``orbq.preprocess`` is the package it lives in.
+# public name -> (module, name there). The labelling stage is called ``label`` here, and training
+# ``run_training``, because ``orbq.preprocess`` and ``orbq.fit`` are what they live in.
 _LAZY = {
     "Calculator": ("orbq.calculator", "Calculator"),
     "Config": ("orbq.config", "Config"),
@@ -40,6 +42,9 @@ _LAZY = {
     "load": ("orbq.run", "load"),
     "load_config": ("orbq.config", "load_config"),
     "open_dataset": ("orbq.data", "open_dataset"),
+    "parse_config": ("orbq.config", "parse_config"),
+    "run_ablation": ("orbq.study", "run_ablation"),
+    "run_training": ("orbq.fit", "fit"),
 }
 
 __all__ = [
@@ -58,6 +63,9 @@ __all__ = [
     "load",
     "load_config",
     "open_dataset",
+    "parse_config",
+    "run_ablation",
+    "run_training",
 ]
 
 

@@ -38,7 +38,7 @@ from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
-from orbq.preprocess.store import write_atomically
+from orbq.preprocess.store import Dataset, write_atomically
 from orbq.run_form import fault, read_statistics
 from orbq.schema import Structure
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from orbq.inference import BatchPredictor
+    from orbq.scores import Evaluation
 
 RUN_VERSION = 1
 RUN_FILE = "run.json"
@@ -186,6 +187,19 @@ class Run:
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}
         return {"energy": energy, "forces": np.asarray(out.forces), **charges}
+
+    def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
+        """Predictions beside the labels of a data set, with their errors.
+
+        dataset: open, or its directory, or the name of an embedded one. split: "train",
+        "validation", "test" or "all"; None for "test" if the run was trained on this data set, else
+        "all". Raises InputError for a part that is not there and when nothing can be compared.
+        """
+        from orbq.data import open_dataset
+        from orbq.evaluate import evaluate, split_rows
+
+        data = dataset if isinstance(dataset, Dataset) else open_dataset(str(dataset))
+        return evaluate(self, data, split_rows(self, data, split)[1])
 
     def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
         from orbq.inference import predict_structures
