@@ -198,7 +198,8 @@ def test_two_processes_share_a_run_and_are_preempted_together(data, one_device, 
     ]
     half = PARTS // 2
     for update in range(n_steps):  # four batches each, no structure twice
-        mine = [sum(own[update * half : (update + 1) * half], []) for own in packed]
+        rows = slice(update * half, (update + 1) * half)
+        mine = [[item for batch in own[rows] for item in batch] for own in packed]
         assert all(mine) and len({*mine[0], *mine[1]}) == len(mine[0]) + len(mine[1])
     fit(config)  # in this process alone
     assert_same_curve(run, reference)
@@ -223,16 +224,13 @@ def test_batches_in_turns_give_the_gradient_of_one_big_batch(data, tmp_path):
     """The loss is that of all structures together, however they are divided and padded."""
     config = shared_config(data, tmp_path)
     big, small = prepare(config, 1), prepare(config, PARTS)
-    items = np.arange(12)
+    items = np.arange(PARTS)
     layout = devices.choose(PARTS)
     assert layout.mesh is not None and layout.n_devices == 1
     hyper = make_stages(config, big)[-1].hyper
     potential = make_potential(big.architecture, big.constants)
     found = []
-    for data_of, mesh, parts in (
-        (big, None, [items]),
-        (small, layout.mesh, np.array_split(items, PARTS)),
-    ):
+    for data_of, mesh, parts in ((big, None, [items]), (small, layout.mesh, items[:, None])):
         packer = make_packer(data_of, data_of.pools["teaching"], config)
         batches = [to_batch(packer.batch(part)) for part in parts]
         state = jax.jit(make_init(potential))(jax.random.key(0), batches[0])
