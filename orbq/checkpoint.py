@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from orbq.errors import OrbqError
+from orbq.preprocess.form import read_json
 from orbq.preprocess.store import write_atomically
 
 KEEP = 2  # newest resumable checkpoints kept
@@ -64,7 +65,7 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
     wanted = serialization.to_state_dict(template)
     try:
-        meta = dict(json.loads((directory / _META).read_text(encoding="utf-8")))
+        meta = dict(read_json(directory / _META, dict))
         if (version := meta.pop(_VERSION, 1)) != VERSION:
             raise ValueError(f"it is of checkpoint format {version}, this orbq reads {VERSION}")
         with _checkpointer() as checkpointer:
