@@ -79,8 +79,10 @@ def _weights_rule(config: Config) -> list[Problem]:
 
 def _head_rule(config: Config) -> list[Problem]:
     model, problems = config.model, []
-    for name in (name for name in RESOLVED if name in config.loss.weights.auxiliary()):
-        key = f"loss.weights.{name}"
+    asked = {target.split("+")[0]: "ablation.targets" for target in config.ablation.targets}
+    asked |= {name: f"loss.weights.{name}" for name in config.loss.weights.auxiliary()}
+    for name in (name for name in RESOLVED if name in asked):
+        key = asked[name]
         if model.head == "invariant" and name != "orbital":
             text = "has components of l > 0: it needs model.head = 'equivariant'"
             problems.append(Problem(key, text, ("model.head",)))

@@ -66,6 +66,10 @@ INVALID = [
     ),
     ("[loss.weights]\norbital = 1\n[model]\nlmax = 1", ["model.lmax", "lmax >= 2, is 1"]),
     (
+        "[ablation]\ntargets = ['onsite']\n[model]\nlmax = 1",
+        ["model.lmax", "lmax >= 2, is 1"],
+    ),
+    (
         "[training]\nwarmup_steps = 6000",
         ["training.warmup_steps: must be at most", "(5000), is 6000"],
     ),
