@@ -9,6 +9,7 @@ QM7, where benchmarks/results/qm7_curves.jsonl is there (`benchmarks/study_qm7.p
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,18 +39,12 @@ def _demo(place: Path) -> Iterator[Path]:
 
 
 def _curves(place: Path) -> Iterator[Path]:
-    from orbq.study.pictures import pictures
-    from orbq.study.report import options_of, rows_of
+    sys.path.insert(0, str(RESULTS.parent))
+    import plot_qm7
 
     source = RESULTS / "qm7_curves.jsonl"
-    if not source.is_file():
-        return
-    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    for picture in pictures(rows_of(records), options_of(records), records):
-        if picture.name == "sizes":
-            path = place / "qm7.png"
-            path.write_bytes(picture.png)
-            yield path
+    if source.is_file():
+        yield plot_qm7.draw(plot_qm7.read(source), place / "qm7.png")
 
 
 if __name__ == "__main__":
