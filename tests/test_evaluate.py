@@ -68,6 +68,14 @@ def test_predictions_are_those_of_single_structures(run, dataset, evaluation):
         np.testing.assert_allclose(found, expected[name], atol=1e-3)
 
 
+def test_a_run_evaluates_itself(run, dataset):
+    own = run.evaluate(dataset)
+    np.testing.assert_array_equal(own.rows, split_rows(run, dataset, "test")[1])
+    assert own.errors() == evaluate(run, dataset, split="test").errors()
+    with pytest.raises(InputError, match="no data set 'none'"):
+        run.evaluate("none")
+
+
 def test_errors_are_those_of_numpy(dataset, evaluation):
     errors = evaluation.errors()
     energy = evaluation.values["energy"].predicted - dataset["energy"]
