@@ -174,7 +174,8 @@ def test_turned_labels_are_tblite_s_labels_of_the_turned_molecule(symbols, impro
 def network(kind: str, targets: tuple[str, ...]) -> SimpleNamespace:
     """A network with heads of a kind, its compiled predictions and loss terms of a batch."""
     elements = (1, 6, 7, 8)
-    architecture = TINY._replace(n_layers=1, heads=heads(kind, targets))
+    # a NequIP-like one reads its heads before the last layer: of a single one, scalars alone
+    architecture = TINY._replace(backbone="mace", n_layers=1, heads=heads(kind, targets))
     potential = make_potential(architecture, constants(targets, elements))
     statistics = {name: random_statistics(name) for name in targets}
     names = ("energy", "forces", *targets)
