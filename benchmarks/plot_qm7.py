@@ -23,9 +23,13 @@ from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
 KCAL = 43.364  # meV in a kcal/mol
-SUFFIX = {"first": "labels of all first", "invariant": "invariant head", "random": "random"}
+SUFFIX = {
+    "first": "GFN1 labels of all first",
+    "invariant": "invariant head",
+    "random": "a target without information",
+}
 BASELINE, CLOSE, SAME = "energy-only, best", "energy-only, 3 Å", "energy-only, 5 Å"
-DRAWN = (BASELINE, "onsite", "onsite+xtb_energy, labels of all first")
+DRAWN = (BASELINE, "onsite", "onsite+xtb_energy, GFN1 labels of all first")
 
 Errors = dict[tuple[int, int], float]  # by (seed, subset seed)
 Table = dict[str, dict[int, tuple[Errors, Errors]]]  # arm -> size -> validation, test
@@ -98,7 +102,8 @@ def main() -> None:
                 continue
             gain, factor = compare(table[BASELINE], table[arm][n][1], n)
             percent = "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(-100 * gain[[0, 2, 1]]))
-            times = "{:.1f} ({:.1f} to {:.1f})".format(*factor)
+            end = f"> {max(table[BASELINE]) / n:g}"  # of the baseline's curve
+            times = "{} ({} to {})".format(*(f"{x:.1f}" if np.isfinite(x) else end for x in factor))
             print(f"{text}| {percent} | {times} |")
     draw(table, RESULTS / "qm7_curves.png")
 
