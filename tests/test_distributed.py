@@ -160,7 +160,7 @@ def start_two(config: Path, tmp_path: Path, slurm: bool = False) -> list[subproc
                 **os.environ,
                 **({**job, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} if slurm else {}),
                 "PACKED": str(tmp_path / f"packed{n}"),
-                "DELAY": "0.1",
+                "DELAY": "0.5",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
