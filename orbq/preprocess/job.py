@@ -196,8 +196,7 @@ class Ledger:
 
     def _write(self, name: str, row: int, values: np.ndarray) -> None:
         descriptor, start, row_bytes = self._files[name]
-        data = values.tobytes()
-        if os.pwrite(descriptor, data, start + row * row_bytes) != len(data):
+        if os.pwrite(descriptor, values.data, start + row * row_bytes) != values.nbytes:
             path = store.array_file(self._out, name)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

@@ -31,6 +31,7 @@ from orbq.schema import MANIFEST, SCHEMA_VERSION
 __all__ = ["Progress", "Recipe", "Resources", "preprocess"]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HERE = Resources()
+RELEASE_EVERY = 8  # chunks submitted: what was read of the mapped inputs is let go
 MAX_LOST = 3  # times that a pool may lose the same chunk
 
 
@@ -263,7 +264,10 @@ class _Calls:
         chunks: Plan,
     ) -> None:
         self.pool, self.recipe, self.resources = pool, recipe, resources
-        self.arrays, self.chunks = arrays, chunks
+        self._mapped = list(arrays.values())
+        # plain views: a slice of a memmap costs several times as much
+        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self.chunks, self._submitted = chunks, 0
         self._lost: Counter[int] = Counter()
 
     def submit(self, chunk: int) -> Future[bytes]:
@@ -275,8 +279,10 @@ class _Calls:
         }
         arrays = wire.select(self.arrays, self.chunks.members(chunk))
         data = wire.pack(wire.Message(arrays, note))
-        for array in self.arrays.values():
-            release(array)
+        self._submitted += 1
+        if self._submitted % RELEASE_EVERY == 0:
+            for array in self._mapped:
+                release(array)
         spec = supervise.Spec(supervise.WORKER, self.resources.blas)
         return self.pool.executor.submit(supervise.label_chunk, data, spec)
 

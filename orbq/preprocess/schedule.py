@@ -25,7 +25,7 @@ OVERHEAD = 1.5e-3
 PER_ORBITAL, EXPONENT = 1.6e-7, 2.6
 # A chunk is this part of the work that is left, within bounds in seconds: large enough that sending
 # it costs nothing, and smaller towards the end, so that the last one is not waited for.
-PART, SHORTEST, LONGEST = 1 / 64, 0.02, 2.0
+PART, SHORTEST, LONGEST = 1 / 32, 0.03, 2.0
 
 CONNECT_SECONDS = 30  # to a Dask scheduler
 BATCH_SYSTEMS = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}  # of dask-jobqueue
