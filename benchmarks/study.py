@@ -26,13 +26,13 @@ def main(
     base: Path,
     prefix: str,
     unit: tuple[str, float],
-    prepare: Callable[[Path], Mapping[str, str]],
+    prepare: Callable[[Path, str], Mapping[str, str]],
 ) -> None:
     """Train what is left of a study, or report it.
 
     base: the configuration. prefix: of the results' file. unit: name and meV of the printed errors.
-    prepare: makes the data in a directory and returns what words of the overrides stand for, and
-    "@data", the data set.
+    prepare: makes the data of a study in a directory and returns what words of the overrides stand
+    for, and "@data", the data set.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("study", choices=studies)
@@ -43,7 +43,7 @@ def main(
     given = parser.parse_args()
     trials = studies[given.study]
     names = given.only or list(trials)
-    words = prepare(given.work / "data")
+    words = prepare(given.work / "data", given.study)
 
     def config_of(name: str) -> Config:
         place = given.work / given.study / name

@@ -69,7 +69,7 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def prepare(_: Path) -> dict[str, str]:
+def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the embedded sets, once."""
     for name in ("tmc", "tmc_unlabelled"):
         open_dataset(name)

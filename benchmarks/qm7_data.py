@@ -1,0 +1,96 @@
+"""Data of the studies on QM7: labels of all molecules, and two sets derived from them.
+
+QM7 is read from ../shared/data; without it there is nothing to study.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from ase import Atoms
+
+from orbq.config import load_config
+from orbq.data import make_packer, prepare, to_batch
+from orbq.models.potential import make_potential
+from orbq.orbitals import COLUMN_SHELL, GFN1
+from orbq.preprocess.label import preprocess
+from orbq.preprocess.pool import Part, Pool
+from orbq.preprocess.store import Dataset
+from orbq.splits import split
+from orbq.targets import TARGETS
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "qm7.toml"
+SOURCE = HERE.parent.parent / "shared" / "data" / "qm7.extxyz.gz"
+
+
+def make_data(place: Path, split_seed: int) -> dict[str, str]:
+    """Label QM7 (@data); its training molecules without energies, as charge-only data (@rest); and
+    all of it with a target that says nothing (@random)."""
+    if not SOURCE.exists():
+        raise SystemExit(f"{SOURCE} is not there: nothing to study")
+    dataset = preprocess([str(SOURCE)], place / "qm7")
+    rest = place / f"rest-{split_seed}"
+    if not (rest / "manifest.json").exists():
+        config = load_config(CONFIG)
+        fractions = config.data.validation_fraction, config.data.test_fraction
+        rows = split(
+            dataset["group"], dataset["content_hash"], "within", fractions, seed=split_seed
+        )["train"]
+        preprocess([molecule(dataset, row) for row in rows], rest)
+    if not (place / "random" / "manifest.json").exists():
+        make_random(place / "qm7", place / "random")
+    return {
+        "@data": str(place / "qm7"),
+        "@rest": str(rest),
+        "@random": str(place / "random"),
+    }
+
+
+def make_random(source: Path, place: Path) -> None:
+    """A data set whose on-site blocks are those of an untrained network: equivariant, of the same
+    means and spreads by element and shell, conserving charge, and without chemistry."""
+    config = load_config(
+        CONFIG,
+        [f"data.dataset='{source}'", "loss.weights.onsite=1.0", "model.backbone=mace"],
+    )
+    data = prepare(config)
+    potential = make_potential(data.architecture, data.constants)
+    dataset = data.datasets[0]
+    pool = Pool([Part(dataset, np.arange(len(dataset)))], config.model.cutoff)
+    packer = make_packer(data, pool, config)
+    predict = jax.jit(lambda p, b: potential.apply(p, b.positions, b.graph, ("onsite",))[1])
+    first = to_batch(packer.batch(np.arange(1)))
+    params = jax.jit(potential.init)(jax.random.key(2026), *first[:2])
+    mean, scale = data.constants.statistics["onsite"]
+    numbers, offsets = np.asarray(dataset["numbers"]), dataset["offsets"]
+    made = np.array(dataset["onsite"], float)
+    for rows in packer.plan(0):
+        packed = packer.batch(rows)
+        found = np.asarray(predict(params, to_batch(packed))["onsite"])
+        rows = packed.index[packed.mask]
+        atoms = np.concatenate([np.arange(*offsets[row : row + 2]) for row in rows])
+        made[atoms] = found[: len(atoms)]
+    spread = made - mean[numbers]  # far smaller than the real one: the head starts near the mean
+    for z in np.unique(numbers):
+        for shell in np.unique(COLUMN_SHELL):
+            place_of = np.ix_(numbers == z, shell == COLUMN_SHELL)
+            rms = np.sqrt((spread[place_of] ** 2).mean())
+            real = np.asarray(dataset["onsite"])[place_of] - mean[z, shell == COLUMN_SHELL]
+            spread[place_of] *= np.sqrt((real**2).mean()) / max(rms, 1e-12)
+    made = mean[numbers] + spread
+    weight = np.where(TARGETS["onsite"].elements(GFN1)[numbers], TARGETS["onsite"].charge, 0.0)
+    step = weight * scale[numbers] ** 2
+    excess, size = (np.add.reduceat((weight * x).sum(1), offsets[:-1]) for x in (made, step))
+    made -= step * np.repeat(excess / size, np.diff(offsets))[:, None]  # neutral molecules
+    shutil.copytree(source, place)
+    np.save(place / "onsite.npy", made.astype(dataset["onsite"].dtype))
+
+
+def molecule(dataset: Dataset, row: int) -> Atoms:
+    """One structure without its energy."""
+    atoms = slice(*dataset["offsets"][row : row + 2])
+    return Atoms(np.array(dataset["numbers"][atoms]), np.array(dataset["positions"][atoms]))
