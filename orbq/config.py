@@ -175,6 +175,7 @@ class Training(Section):
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     compilation_cache: bool = True
     log_gradients: bool = False
+    initial: str = ""
     frozen: Names = ()
     pretrain_steps: CountOrZero = 0
     pretrain_learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jraph
 import numpy as np
@@ -29,6 +29,9 @@ from orbq.schema import FIELDS
 from orbq.splits import split
 from orbq.targets import TARGETS, Moments, Statistics, moments, statistics
 
+if TYPE_CHECKING:
+    from orbq.initial import Initial
+
 EMBEDDED = ("tmc", "tmc_unlabelled")
 DFT_FIELDS = ("energy", "forces", "stress", "dft_charges")  # never used of charge-only structures
 PER_ATOM = tuple(n for n in TARGETS if not n.startswith("xtb_"))  # normalised per element and shell
@@ -43,7 +46,8 @@ class TrainingData(NamedTuple):
     named, also "unlabelled" and "teaching" (train, then unlabelled). references: per energy label
     that is trained on; energy_fit: what they leave of the training energies. spec, constants,
     architecture: structure of loss and network.
-    budget: padded size of every batch. labels: field -> labelled training structures.
+    budget: padded size of every batch. labels: field -> labelled training structures. initial: what
+    training begins from, None for drawn parameters.
     """
 
     pools: Mapping[str, Pool]
@@ -55,6 +59,7 @@ class TrainingData(NamedTuple):
     budget: Budget
     labels: Mapping[str, int]
     datasets: tuple[Dataset, ...]
+    initial: Initial | None = None
 
 
 def open_dataset(name: str) -> Dataset:
@@ -165,10 +170,9 @@ def prepare(config: Config, n_batches: int = 1) -> TrainingData:
     scales |= {n: _force_scale(teaching, n) for n in ("forces", "xtb_forces") if n in terms}
     train = pools["train"]
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
-    per_atom = scales.get("energy", 1.0) / float(np.sqrt(train.n_nodes.mean()))
     constants = Constants(
         elements=tuple(int(z) for z in elements),
-        energy_scale=float(scales.get("forces", per_atom)),
+        energy_scale=_energy_scale(scales, float(train.n_nodes.mean())),
         avg_num_neighbors=max(float(neighbors), 1.0),
         statistics=stats,
         method=dataset.method,
@@ -228,6 +232,16 @@ def _force_scale(pool: Pool, field: str) -> float:
     return max(float(np.sqrt(square / max(count, 1))), _FORCE_FLOOR)
 
 
+def _energy_scale(scales: Mapping[str, float], n_atoms: float) -> float:
+    """What the energy readouts are multiplied with, eV: the scale of a force, else that of an
+    energy per root of the mean number of atoms; those of xTB where only its labels teach."""
+    per_root = float(np.sqrt(n_atoms))
+    for name in ("forces", "energy", "xtb_forces", "xtb_energy"):
+        if name in scales:
+            return float(scales[name] if "forces" in name else scales[name] / per_root)
+    return 1.0 / per_root
+
+
 def _chunks(pool: Pool) -> Iterator[tuple[np.ndarray, Part]]:
     for part, rows in zip(pool.parts, pool.rows, strict=True):
         for start in range(0, len(rows), _CHUNK):
@@ -242,18 +256,28 @@ def _atom_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _check_no_leak(
     dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
 ) -> None:
-    """Structures that are held out must not teach charges either (by content hash)."""
+    """Structures that are held out must not teach charges either."""
     held_out = np.concatenate([parts["validation"], parts["test"]])
-    hashes = dataset["content_hash"][held_out]
+    remedy = "take them out of data.unlabelled"
     for extra in unlabelled:
-        _, first, _ = np.intersect1d(hashes, extra["content_hash"], return_indices=True)
-        if len(first):
-            i = int(held_out[first[0]])
-            raise InputError(
-                f"{extra.path} holds {len(first)} structures of the validation or test split, the "
-                f"first is structure {i} of {dataset.path}: take them out of data.unlabelled, "
-                "else the test would be on structures whose charges were taught"
-            )
+        refuse_taught(dataset, held_out, extra["content_hash"], (str(extra.path), remedy))
+
+
+def refuse_taught(
+    dataset: Dataset, held_out: np.ndarray, hashes: np.ndarray, told: tuple[str, str]
+) -> None:
+    """Raise InputError when held-out structures [n] are among those taught (by content hash).
+
+    told: what holds the taught ones, and what to do about it.
+    """
+    _, first, _ = np.intersect1d(dataset["content_hash"][held_out], hashes, return_indices=True)
+    if len(first):
+        holder, remedy = told
+        raise InputError(
+            f"{holder} holds {len(first)} structures of the validation or test split, the first is "
+            f"structure {int(held_out[first[0]])} of {dataset.path}: {remedy}, else the test would "
+            "be on structures that were taught"
+        )
 
 
 def _check_one_method(dataset: Dataset, unlabelled: list[Dataset]) -> None:

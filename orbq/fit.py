@@ -23,9 +23,10 @@ import numpy as np
 from orbq import checkpoint, devices, records
 from orbq.compiled import Counted, configure_jax
 from orbq.config import Config
-from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
+from orbq.data import TrainingData, epoch_plan, make_packer, to_batch
 from orbq.devices import Layout
 from orbq.errors import OrbqError, PreemptedError
+from orbq.initial import check_apart, prepare_from, started_from
 from orbq.losses import Batch
 from orbq.models.potential import make_potential
 from orbq.preprocess.pack import Packer
@@ -81,18 +82,24 @@ def fit(
     overwrite: start anew, deleting the old run. In a job of several processes (``devices.join``)
     all of them call this, with a directory that all of them see.
 
-    Raises InputError when the directory holds another run, PreemptedError after SIGTERM (a
-    checkpoint is written), OrbqError when the loss is not finite again and again.
+    Raises InputError when the directory holds another run or training.initial names none to begin
+    from, PreemptedError after SIGTERM (a checkpoint is written), OrbqError when the loss is not
+    finite again and again.
     """
     configure_jax(config)
     directory = Path(config.run.directory)
+    check_apart(config)
     begun = devices.main_decides(lambda: records.claim(directory, config, overwrite))
     parts = config.training.batches_per_update
     if begun:
         parts = read_description(directory).get("parts", 1)
     layout = devices.choose(parts, begun)
-    data = devices.main_first(lambda: prepare(config, layout.parts))  # caches are written once
+    own = directory if begun else None
+    # in the main process first: caches are written once
+    data = devices.main_first(lambda: prepare_from(config, layout.parts, own))
     told = reporter if reporter and devices.is_main() else Silent()
+    for note in data.initial.notes if data.initial else ():
+        told.warned(note)
     if layout.n_idle:
         told.warned(
             f"{layout.n_idle} devices stay idle: an update of {layout.parts} batches is shared by "
@@ -192,18 +199,22 @@ class _Loop:
         init = make_init(self.potential)
         key = jax.random.key(self.config.training.seed)
         state = self._restored(jax.eval_shape(init, key, first))
+        drawn = state is None
         if state is None:
-            state = jax.jit(init)(key, first)
+            state = started_from(self.data.initial, jax.jit(init)(key, first))
         if devices.is_main():
             p, names = self.progress, [stage.name for stage in self.stages]
             records.truncate(self.directory, names, p.stage, p.step)
-        restored: TrainState = devices.replicate(self.layout, state)
-        return restored
+        placed: TrainState = devices.replicate(self.layout, state)
+        if drawn and self.data.initial:
+            self._save(placed)  # from here on the initial run may go
+        return placed
 
     def _restored(self, template: TrainState) -> TrainState | None:
         """The newest good checkpoint; None if there is none. Raises OrbqError if all are bad."""
         failure: OrbqError | None = None
-        for path in checkpoint.resumable(self.checkpoints):
+        found = checkpoint.resumable(self.checkpoints)
+        for path, earlier in zip(found, [*found[1:], None], strict=False):
             try:
                 state: TrainState
                 state, meta = checkpoint.restore(path, template)
@@ -344,7 +355,7 @@ class _Loop:
             now = devices.local(self.layout, state.params)
             record |= self.validation.gradients(now, update.batch, stage.hyper.weights)
         if stage.name == "train":
-            criterion = errors[criterion_of(errors)]
+            criterion = errors[criterion_of(errors, self.config.loss.weights.auxiliary())]
             record["best"] = p.best is None or criterion < p.best
             p.stale = 0 if record["best"] else p.stale + 1
             if record["best"]:

@@ -152,6 +152,7 @@ def facts_of(
         "fill": {k: round(v, 4) for k, v in packer.fill(0)._asdict().items()},
         "scales": {n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in scales},
         "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
+        **({"initial": dict(data.initial.facts)} if data.initial else {}),
     }
 
 

@@ -299,7 +299,8 @@ def load(path: str | Path) -> Run:
     try:
         if reason := fault(info, config):
             raise ValueError(reason)
-        potential = make_potential(_architecture(info["architecture"]), _constants(directory, info))
+        constants = stored_constants(directory, info)
+        potential = make_potential(_architecture(info["architecture"]), constants)
         references = {n: References.from_json(json.dumps(t)) for n, t in info["references"].items()}
     except (*_DAMAGED, InputError) as error:
         raise OrbqError(
@@ -330,7 +331,9 @@ def stored_config(directory: Path, info: Mapping[str, Any] | None = None) -> Con
     return config_from_json(json.dumps(info.get("config")), str(directory / RUN_FILE))
 
 
-def _constants(directory: Path, info: Mapping[str, Any]) -> Constants:
+def stored_constants(directory: Path, info: Mapping[str, Any]) -> Constants:
+    """The constants of a run; info: its run.json. Raises KeyError, TypeError or ValueError when it
+    is damaged."""
     stored = info["constants"]
     return Constants(
         elements=tuple(stored["elements"]),

@@ -88,16 +88,20 @@ def make_init(potential: Potential) -> Callable[[Array, Batch], TrainState]:
 
 
 def next_stage(state: TrainState) -> TrainState:
-    """Where a stage after another begins: its averaged parameters with fresh moments.
-
-    If GFN1 energies were taught, the energy readout starts as theirs: what the references leave of
-    both energies is much alike. Leaves may be those of many runs, [R, ...].
+    """Where a stage after another begins: its averaged parameters with fresh moments, and the
+    energy readout that was taught. Leaves may be those of many runs, [R, ...].
     """
-    params = dict(state.ema)
-    if "xtb_energy" in params:
-        params["energy"] = jax.tree.map(jnp.copy, params["xtb_energy"])
+    params = taught_readout(state.ema)
     fresh = jax.tree.map(jnp.zeros_like, (state.optimizer, state.step))
     return TrainState(params, jax.tree.map(jnp.copy, params), *fresh)
+
+
+def taught_readout(params: Params) -> Params:
+    """Parameters after training without energies: if GFN1 energies were taught, the energy readout
+    is a copy of theirs, since what the references leave of both energies is much alike."""
+    if "xtb_energy" not in params:
+        return dict(params)
+    return {**params, "energy": jax.tree.map(jnp.copy, params["xtb_energy"])}
 
 
 def scheduled_weights(step: Array, hyper: Hyper) -> dict[str, Array]:

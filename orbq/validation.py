@@ -45,10 +45,15 @@ class Validation:
         return {name: float(value) for name, value in found.items()}
 
 
-def criterion_of(errors: Mapping[str, float]) -> str:
-    """What the best parameters are chosen by: the energy error, else the first error there is."""
-    for prefix in ("energy_mae", "forces_mae"):
+def criterion_of(errors: Mapping[str, float], weights: Mapping[str, float] | None = None) -> str:
+    """What the best parameters are chosen by: the energy error, else that of the forces, else that
+    of the target with the largest weight.
+
+    weights: of the targets other than energy and forces; of equal ones the first counts.
+    """
+    auxiliary = sorted(weights or {}, key=lambda name: -(weights or {})[name])
+    for label in ("energy", "forces", *auxiliary):
         for name in errors:
-            if name.startswith(prefix) and "atom" not in name:
+            if name.startswith(f"{label}_mae") and "per_atom" not in name:
                 return name
     return next(name for name in errors if "_mae" in name)

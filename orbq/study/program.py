@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from orbq.ablate import (
     over_runs,
     start_selection,
 )
-from orbq.data import TrainingData, epoch_plan, make_packer, prepare, to_batch
+from orbq.data import TrainingData, epoch_plan, make_packer, to_batch
 from orbq.errors import OrbqError
+from orbq.initial import prepare_from, started_from
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
 from orbq.models.potential import Params, make_potential
@@ -92,15 +94,20 @@ class Training:
         """directory: for checkpoints; None for none. data: None to prepare it."""
         self.program, self.watcher = program, watcher or Unwatched()
         self.checkpoints = directory / "checkpoints" if directory else None
-        self.data = data or prepare(program.config)
+        self.data = data or prepare_from(program.config)
+        for note in self.data.initial.notes if self.data.initial else ():
+            warnings.warn(note, stacklevel=2)
         self.runs = _padded(program.runs, len(jax.local_devices()))
         self.stages = make_stages(program.config, self.data)
         self.n_steps = sum(stage.n_steps for stage in self.stages)
         potential = make_potential(self.data.architecture, self.data.constants)
         spec = self.data.spec
+        init = make_init(potential)
         vmapped = [
-            over_runs(make_init(potential), make_train_step(potential, spec._replace(terms=terms)))
-            for terms in (stage.terms for stage in self.stages)
+            over_runs(
+                init, make_train_step(potential, spec._replace(terms=s.terms), None, s.frozen)
+            )
+            for s in self.stages
         ]
         self.init = vmapped[0][0]
         self.steps = [jax.jit(step, donate_argnums=(0,)) for _, step in vmapped]
@@ -147,9 +154,14 @@ class Training:
                 self.place = Place(**meta)
                 self.state, self.selection = (self._spread(tree[n]) for n in ("state", "selection"))
                 return
-        # parameters are drawn run by run: one seed has one set of them, bit for bit
+        # parameters are drawn run by run: one seed has one set of them, bit for bit, and all runs
+        # have those of the initial run if there is one
         init = jax.jit(lambda key, batch: jax.tree.map(lambda x: x[0], self.init(key, batch)))
-        drawn = {r.seed: init(k[None], first) for r, k in zip(self.runs, keys, strict=True)}
+        initial = self.data.initial
+        drawn = {
+            r.seed: started_from(initial, init(k[None], first))
+            for r, k in zip(self.runs, keys, strict=True)
+        }
         states = [drawn[run.seed] for run in self.runs]
         self.state = self._spread(jax.tree.map(lambda *x: jnp.stack(x), *states))
         self.selection = self._spread(start_selection(jax.tree.map(jnp.copy, self.state.params)))

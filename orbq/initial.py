@@ -1,0 +1,236 @@
+"""A training run that begins from another: what it takes over from it, and what it may not.
+
+The parameters are the averaged ones of the initial run's best validation. What gives them their
+meaning comes with them: elements, neighbours, the scale of energies, the normalisation of charges.
+Reference energies and the scales of the loss are those of the new data: so is the level of theory.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orbq import checkpoint
+from orbq.config import Config, Model
+from orbq.data import TrainingData, prepare, refuse_taught, split_of
+from orbq.errors import InputError, OrbqError
+from orbq.models.potential import Constants, Params
+from orbq.orbitals import SYMBOLS
+from orbq.preprocess.store import Dataset
+from orbq.run import CHECKPOINTS, Run, load, read_description, stored_config, stored_constants
+from orbq.train import TrainState, taught_readout
+
+INITIAL = "initial"  # what run.json and summary.json say of it
+_REMEDY = "or leave training.initial out"
+
+
+class Initial(NamedTuple):
+    """What a run begins from.
+
+    constants: what gives its parameters their meaning. params: None when the new run has them
+    already. facts: the directory, and the SHA-256 of the parameters. notes: what could not be
+    checked.
+    """
+
+    constants: Constants
+    params: Params | None
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def check_apart(config: Config) -> None:
+    """Refuse a run, or an ablation, in a directory that holds the run it begins from."""
+    if not config.training.initial:
+        return
+    initial, own = Path(config.training.initial).resolve(), Path(config.run.directory).resolve()
+    if own == initial or own in initial.parents:
+        raise InputError(
+            f"training.initial = {config.training.initial!r} lies in run.directory itself: choose "
+            "another run.directory"
+        )
+
+
+def prepare_from(config: Config, n_batches: int = 1, own: Path | None = None) -> TrainingData:
+    """``data.prepare``, with the constants and parameters of the run that training begins from.
+
+    own: the directory of this very run if it is gone on with; once it has a checkpoint, the initial
+    run is not looked at again.
+
+    Raises InputError as ``prepare`` does, when training.initial names no trained run, or one of
+    another network, another xTB method or fewer elements, or one that was trained on structures
+    that are held out here.
+    """
+    initial = _read(config, own)
+    data = prepare(config, n_batches)
+    if initial is None:
+        return data
+    name = config.training.initial
+    constants = _inherited(name, initial.constants, data)
+    if initial.params is not None:
+        initial = initial._replace(notes=tuple(_check_no_leak(name, data)))
+    return data._replace(constants=constants, initial=initial)
+
+
+def started_from(initial: Initial | None, state: TrainState) -> TrainState:
+    """A state of drawn parameters, with those of the initial run where it has them.
+
+    Leaves of ``state`` may be those of several runs, [R, ...].
+    """
+    if initial is None or initial.params is None:
+        return state
+
+    def put(drawn: Any, found: Any) -> Any:
+        return jnp.array(jnp.broadcast_to(jnp.asarray(found, drawn.dtype), drawn.shape), copy=True)
+
+    params = {
+        name: jax.tree.map(put, drawn, initial.params[name]) if name in initial.params else drawn
+        for name, drawn in state.params.items()
+    }
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+# --------------------------------------------------------------------------- the initial run
+
+
+def _read(config: Config, own: Path | None) -> Initial | None:
+    name = config.training.initial
+    if not name:
+        return None
+    stored = read_description(own) if own else None
+    if own and stored and checkpoint.resumable(own / CHECKPOINTS):
+        try:
+            return Initial(stored_constants(own, stored), None, dict(stored[INITIAL]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise OrbqError(
+                f"{own} is damaged ({type(error).__name__}: {error}): start anew with --overwrite"
+            ) from error
+    run = _load(name)
+    _check_same_network(config, run)
+    weights = run.config.loss.weights
+    taught = weights.energy > 0 or weights.forces > 0
+    facts = {"directory": name, "sha256": checkpoint.digest(run.params)}
+    if stored and stored.get(INITIAL) != facts:
+        raise InputError(
+            f"training.initial: {name} has changed since {own} was begun, which has no checkpoint "
+            "yet: start anew with --overwrite"
+        )
+    params = run.params if taught else taught_readout(run.params)
+    return Initial(run.potential.constants, params, facts)
+
+
+def _load(name: str) -> Run:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parameters are cast to the new run's precision
+            return load(name)
+    except InputError as error:
+        raise InputError(f"training.initial: {error}") from error
+
+
+def _check_same_network(config: Config, run: Run) -> None:
+    """Refuse another [model], but for the kind of heads that only one of the two runs has."""
+    heads = {name for name, kind in run.potential.architecture.heads if kind != "energy"}
+    for key in Model.model_fields:
+        before, now = getattr(run.config.model, key), getattr(config.model, key)
+        if key == "avg_num_neighbors":  # what was measured then is taken over, not measured again
+            before = run.potential.constants.avg_num_neighbors
+            now = now or before
+        if before == now or (key == "head" and not heads & set(config.loss.weights.auxiliary())):
+            continue
+        raise InputError(
+            f"model.{key} is {json.dumps(now)}, that of training.initial = "
+            f"{config.training.initial!r} is {json.dumps(before)}: set model.{key} = "
+            f"{json.dumps(before)}, {_REMEDY}"
+        )
+
+
+def _inherited(name: str, constants: Constants, data: TrainingData) -> Constants:
+    """``constants`` with the statistics of further heads. Raises InputError as ``prepare_from``."""
+    measured = data.constants
+    if constants.method != measured.method:
+        raise InputError(
+            f"{data.datasets[0].path} is labelled with {measured.method}, training.initial = "
+            f"{name!r} was trained on {constants.method}: label the structures with it (`orbq "
+            f"preprocess --method {constants.method}`), {_REMEDY}"
+        )
+    if missing := sorted(set(measured.elements) - set(constants.elements)):
+        raise InputError(
+            f"training.initial = {name!r} was not trained on "
+            f"{', '.join(SYMBOLS[z] for z in missing)}, which the training structures hold: leave "
+            f"structures with {'it' if len(missing) == 1 else 'them'} out, {_REMEDY}"
+        )
+    kept = {n: constants.statistics.get(n, own) for n, own in measured.statistics.items()}
+    return constants._replace(statistics=kept)
+
+
+# --------------------------------------------------------------------------- what it was taught
+
+
+def _check_no_leak(name: str, data: TrainingData) -> Iterator[str]:
+    """Refuse held-out structures that the initial run, or one before it, was trained on.
+
+    Yields what could not be checked, a line each. Raises InputError.
+    """
+    held_out = np.concatenate(
+        [data.pools[p].rows[0] for p in ("validation", "test") if p in data.pools]
+    )
+    remedy = (
+        "divide the structures as they were divided for it, or take them out of either data set"
+    )
+    for directory, config, stored in _lineage(name):
+        try:
+            taught = _taught(config, stored)
+        except (InputError, KeyError, TypeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            yield (
+                f"whether {directory} was trained on structures that are held out here could not "
+                f"be checked: {reason}"
+            )
+            continue
+        for path, hashes in taught:
+            holder = f"the training data of {directory} ({path})"
+            refuse_taught(data.datasets[0], held_out, hashes, (holder, remedy))
+
+
+def _lineage(name: str) -> Iterator[tuple[str, Config | None, Mapping[str, Any]]]:
+    """Directory, configuration and run.json of a run, of the one that it was begun from, and so
+    on; (directory, None, {}) for one that is gone."""
+    seen: set[Path] = set()
+    while name and Path(name).resolve() not in seen:
+        seen.add(Path(name).resolve())
+        try:
+            stored = read_description(Path(name))
+            config = stored_config(Path(name), stored)
+        except InputError:
+            yield name, None, {}
+            return
+        yield name, config, stored
+        name = config.training.initial
+
+
+def _taught(config: Config | None, stored: Mapping[str, Any]) -> list[tuple[Path, np.ndarray]]:
+    """Path and content hashes of everything that a run was trained on, as it was then.
+
+    Raises InputError when a data set is gone or has changed.
+    """
+    if config is None:
+        raise InputError("it is not there any more")
+    dataset, *unlabelled = (_unchanged(entry) for entry in stored["data"])
+    rows = split_of(config, dataset)["train"]
+    taught = [(dataset.path, dataset["content_hash"][rows])]
+    return taught + [(extra.path, extra["content_hash"]) for extra in unlabelled]
+
+
+def _unchanged(entry: Mapping[str, Any]) -> Dataset:
+    dataset = Dataset.open(entry["path"])
+    for array in ("content_hash", "group"):
+        if dataset.manifest["arrays"][array] != entry["arrays"][array]:
+            raise InputError(f"{dataset.path} has changed since")
+    return dataset
