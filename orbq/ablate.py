@@ -55,17 +55,37 @@ def grid(settings: Sequence[Mapping[str, float]], base: Hyper) -> Hyper:
     return Hyper(weights=weights, **others)
 
 
+def each_run(function: Callable[..., Any], of_runs: Sequence[bool]) -> Callable[..., Any]:
+    """``function`` of every run at once. of_runs: which of its arguments have a leading axis [R].
+
+    Vectorised, so that an accelerator is filled; on a single CPU one run after the other within the
+    program, since one run fills a core and R of them its cache (benchmarks/RESULTS.md).
+    """
+    if jax.default_backend() != "cpu" or jax.local_device_count() > 1:
+        return jax.vmap(function, in_axes=tuple(0 if own else None for own in of_runs))
+
+    def one_by_one(*args: Any) -> Any:
+        def call(own: tuple[Any, ...]) -> Any:
+            rest = iter(own)
+            given = zip(args, of_runs, strict=True)
+            return function(*(next(rest) if mapped else arg for arg, mapped in given))
+
+        return jax.lax.map(call, tuple(a for a, m in zip(args, of_runs, strict=True) if m))
+
+    return one_by_one
+
+
 def over_runs(
     init: Callable[[Array, Batch], TrainState],
     step: Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Array]]],
 ) -> tuple[Callable[..., TrainState], Callable[..., tuple[TrainState, dict[str, Array]]]]:
     """``init`` of keys [R] and ``step`` of states and settings [R], each on one batch."""
-    return jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None, 0))
+    return each_run(init, (True, False)), each_run(step, (True, False, True))
 
 
 def over_params(evaluate: Callable[[Params, Batch], Any]) -> Callable[[Params, Batch], Any]:
     """``evaluate`` of parameters [R] on one batch."""
-    return jax.vmap(evaluate, in_axes=(0, None))
+    return each_run(evaluate, (True, False))
 
 
 def start_selection(params: Params) -> Selection:

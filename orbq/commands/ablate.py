@@ -39,7 +39,7 @@ def ablate(
 ) -> None:
     """Train over charge weights, seeds, train sizes and targets; report what the charges bring.
 
-    Runs that differ only in weight, seed or learning rate train as one vmapped program. Writes to
+    Runs that differ only in weight, seed or learning rate train as one compiled program. Writes to
     run.directory, after every finished program: report.html (a page to look at), its pictures,
     summary.csv and results.csv; results.jsonl has every run. The same command goes on where it was
     stopped.
