@@ -8,6 +8,7 @@ Reference energies and the scales of the loss are those of the new data: so is t
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,16 @@ from orbq.errors import InputError, OrbqError
 from orbq.models.potential import Constants, Params
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.store import Dataset
-from orbq.run import CHECKPOINTS, Run, load, read_description, stored_config, stored_constants
+from orbq.run import (
+    CHECKPOINTS,
+    RUN_FILE,
+    STATISTICS_FILE,
+    Run,
+    load,
+    read_description,
+    stored_config,
+    stored_constants,
+)
 from orbq.train import TrainState, taught_readout
 
 INITIAL = "initial"  # what run.json and summary.json say of it
@@ -55,6 +65,29 @@ def check_apart(config: Config) -> None:
             f"training.initial = {config.training.initial!r} lies in run.directory itself: choose "
             "another run.directory"
         )
+
+
+def check_initial(config: Config) -> None:
+    """Refuse what can be refused without the data: no trained run, or one of another network."""
+    _read(config, None)
+
+
+def with_own_copy(config: Config, directory: Path) -> Config:
+    """``config`` of which the initial run is a copy in ``directory``, made now if it is not there:
+    what begins days later begins from the same parameters."""
+    if not config.training.initial:
+        return config
+    source, copy = Path(config.training.initial), directory / INITIAL
+    if not copy.is_dir():
+        partial = directory / f"{INITIAL}.new"
+        shutil.rmtree(partial, ignore_errors=True)
+        place = Path(CHECKPOINTS) / checkpoint.BEST
+        shutil.copytree(source / place, partial / place)
+        for name in (RUN_FILE, STATISTICS_FILE):
+            shutil.copy(source / name, partial / name)
+        partial.rename(copy)
+    training = config.training.model_copy(update={"initial": str(copy)})
+    return config.model_copy(update={"training": training})
 
 
 def prepare_from(config: Config, n_batches: int = 1, own: Path | None = None) -> TrainingData:

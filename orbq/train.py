@@ -170,6 +170,7 @@ def make_train_step(
         # the average forgets its start: it is a plain mean until 1 / (1 - decay) steps are seen
         decay = jnp.minimum(hyper.ema_decay, (state.step + 1.0) / (state.step + 10.0))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
+        ema = thawed(frozen, ema, state.ema)  # the mean of equal numbers is not exactly their value
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **terms}
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = TrainState(params, ema, optimizer, state.step + 1)

@@ -66,6 +66,7 @@ def train(
       orbq train configs/demo.toml loss.weights.onsite=3 run.directory=runs/w3
       CUDA_VISIBLE_DEVICES=0 orbq train mine.toml       # on one GPU of this machine
       orbq train mine.toml training.batch_size=64       # on all its devices
+      orbq train mine.toml training.initial=runs/charges   # from the parameters of another run
       srun orbq train mine.toml --distributed           # SLURM: one task for each GPU
       orbq train mine.toml --distributed                # TPU pod: the same on every worker
       orbq train mine.toml --coordinator host0:8476 --processes 2 --process 0   # by hand
@@ -124,6 +125,7 @@ class Display:
         budget, fill = facts["budget"], facts["fill"]
         rows = {
             "run": facts["directory"],
+            **({"begun from": facts["initial"]["directory"]} if "initial" in facts else {}),
             "structures": _pairs(facts["structures"]),
             "labels": _pairs(labels),
             "parameters": f"{facts['n_parameters']:,}",

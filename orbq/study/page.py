@@ -245,6 +245,8 @@ def _provenance(result: Result) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in place) for place in seen if place]
     if times:
         lines.append(f"records from {times[0]} to {times[-1]}")
+    if result.config is not None and (initial := result.config.training.initial):
+        lines.append(f"every run began from the parameters of {initial}")
     text = "".join(f"<p>{escape(line)}</p>" for line in lines)
     if result.config is not None:
         toml = escape(result.config.model_dump_toml())

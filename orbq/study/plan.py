@@ -156,5 +156,8 @@ def settings_of(program: Program, run: RunSpec, pretraining: bool) -> dict[str, 
 
 def fingerprint(config: Config) -> str:
     """Of all that decides what an ablation computes; the directory does not."""
-    document = config.model_dump_json(exclude={"run"})
+    left_out: Any = {"run": True}
+    if not config.training.initial:  # as before there was this key
+        left_out["training"] = {"initial"}
+    document = config.model_dump_json(exclude=left_out)
     return hashlib.sha256(document.encode()).hexdigest()[:16]

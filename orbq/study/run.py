@@ -1,8 +1,8 @@
 """An ablation from a configuration to records on disk; it goes on where it was stopped.
 
 The directory holds ``ablation.json`` (configuration and fingerprint), ``results.jsonl`` (one line
-per finished run, with its provenance), ``programs/`` (checkpoints of unfinished programs) and the
-report.
+per finished run, with its provenance), ``programs/`` (checkpoints of unfinished programs), the
+report, and ``initial/``, a copy of the run that all runs begin from if there is one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from orbq.compiled import configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, prepare, to_batch
 from orbq.errors import InputError
+from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.store import write_atomically
@@ -58,12 +59,17 @@ def run_ablation(
     """Train every run of the [ablation] table that has no record yet; all records.
 
     overwrite: delete the records and start anew. Raises InputError when the directory holds
-    something else, or an ablation of another configuration.
+    something else, or an ablation of another configuration, and for a training.initial that the
+    runs cannot begin from.
     """
     configure_jax(config)
     reporter, directory = reporter or Silent(), Path(config.run.directory)
     make_plan(config)  # refuse an empty table before the directory is made
+    check_apart(config)
+    if overwrite or not (directory / INITIAL).is_dir():
+        check_initial(config)
     _claim(directory, config, overwrite)
+    config = with_own_copy(config, directory)
     done = read_results(directory)
     pending = pending_programs(config, done)
     reporter.planned(pending, len(done))
