@@ -1,4 +1,4 @@
-"""What a grid of runs costs as one vmapped program, against the same runs one after another.
+"""What a grid of runs costs as one program, against the same runs one after another.
 
     python benchmarks/bench_ablate.py                             # 1, 4 and 8 runs, minutes
     python benchmarks/bench_ablate.py --runs 4 16 64 --channels 64   # on an accelerator
@@ -6,8 +6,10 @@
 Runs differ in the weight of the on-site loss and in the seed; they train on the same batches of the
 embedded complexes, energies and forces included. For every number of runs R: CPU and wall seconds
 of the compilation, and of a step of the program; beside it R steps of the program of one run, which
-is what separate runs cost when all of them share one compilation. The two alternate, and the median
-over repeats is told, so that a busy machine disturbs both alike. Appends to
+is what separate runs cost when all of them share one compilation; and the vmapped program, which is
+the same as the first on an accelerator (on one CPU, runs go one after the other within the
+program). They take turns, and the median over repeats is told, so that a busy machine disturbs all
+alike. Appends to
 benchmarks/results/bench_ablate.jsonl. On a GPU the same command works: CPU seconds are the host's
 there, and wall seconds are what counts. A program here is on one device.
 """
@@ -55,8 +57,8 @@ def timed(function: Callable[[], Any]) -> tuple[Any, Seconds]:
 class Program:
     """R runs as one program, compiled; ``steps`` makes some updates."""
 
-    def __init__(self, setup: Setup, n_runs: int) -> None:
-        init, step = over_runs(*setup.functions)
+    def __init__(self, setup: Setup, n_runs: int, over: Callable[..., Any] = over_runs) -> None:
+        init, step = over(*setup.functions)
         seeds = [r // len(WEIGHTS) for r in range(n_runs)]
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         settings = [{"weights.onsite": WEIGHTS[r % len(WEIGHTS)]} for r in range(n_runs)]
@@ -73,6 +75,11 @@ class Program:
             batch = self.batches[i % len(self.batches)]
             self.state, metrics = self.step(self.state, batch, self.hyper)
         return metrics
+
+
+def vectorised(init: Callable[..., Any], step: Callable[..., Any]) -> Any:
+    """What ``over_runs`` is on an accelerator."""
+    return jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None, 0))
 
 
 class Setup(NamedTuple):
@@ -108,17 +115,22 @@ def measure(
     alone = Program(setup, 1)
     for n_runs in runs:
         together = alone if n_runs == 1 else Program(setup, n_runs)
-        pairs = []
+        mapped = together if n_runs == 1 else Program(setup, n_runs, vectorised)
+        triples = []
         for _ in range(repeats):
             one = timed(lambda: alone.steps(n_steps))[1]
             all_of = timed(lambda program=together: program.steps(n_steps))[1]
-            pairs.append((one, all_of))
+            vmapped = timed(lambda program=mapped: program.steps(n_steps))[1]
+            triples.append((one, all_of, vmapped))
         record: dict[str, Any] = {"runs": n_runs}
         for kind in Seconds._fields:
-            first, every = ([getattr(p[i], kind) / n_steps for p in pairs] for i in (0, 1))
+            first, every, third = (
+                [getattr(triple[i], kind) / n_steps for triple in triples] for i in range(3)
+            )
             ratios = [b / (n_runs * a) for a, b in zip(first, every, strict=True)]
             record |= {
                 f"step_{kind}_seconds": round(median(every), 5),
+                f"vmapped_step_{kind}_seconds": round(median(third), 5),
                 f"separate_steps_{kind}_seconds": round(n_runs * median(first), 5),
                 f"ratio_{kind}": round(median(ratios), 3),
                 f"ratios_{kind}": [round(r, 3) for r in ratios],
@@ -146,12 +158,15 @@ def main() -> None:
         "channels": given.channels, "atoms": setup.atoms, "steps": given.steps,
         "repeats": given.repeats, **provenance(),
     }  # fmt: skip
-    print("runs  CPU s a step  the runs alone  ratio  wall ratio  compilation CPU s (alone)")
+    print(
+        "runs  CPU s a step  vmapped  the runs alone  ratio  wall ratio  compilation CPU s (alone)"
+    )
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a", encoding="utf-8") as handle:
         for r in measure(setup, given.runs, given.steps, given.repeats):
             print(
                 f"{r['runs']:>4}  {r['step_cpu_seconds']:>12.4f}  "
+                f"{r['vmapped_step_cpu_seconds']:>7.4f}  "
                 f"{r['separate_steps_cpu_seconds']:>14.4f}  {r['ratio_cpu']:>5.2f}  "
                 f"{r['ratio_wall']:>10.2f}  {r['compile_cpu_seconds']:>17.1f} "
                 f"({r['compile_alone_cpu_seconds']:.1f})"
