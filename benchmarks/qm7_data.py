@@ -1,4 +1,5 @@
-"""Data of the studies on QM7: labels of all molecules, and two sets derived from them.
+"""Data of the studies on QM7: labels of all molecules, two sets derived from them, and networks
+taught by the labels alone.
 
 QM7 is read from ../shared/data; without it there is nothing to study.
 """
@@ -14,6 +15,7 @@ from ase import Atoms
 
 from orbq.config import load_config
 from orbq.data import make_packer, prepare, to_batch
+from orbq.fit import fit
 from orbq.models.potential import make_potential
 from orbq.orbitals import COLUMN_SHELL, GFN1
 from orbq.preprocess.label import preprocess
@@ -48,6 +50,35 @@ def make_data(place: Path, split_seed: int) -> dict[str, str]:
         "@rest": str(rest),
         "@random": str(place / "random"),
     }
+
+
+# of a network that learns GFN1 labels before any energy; three layers and 5 Å reward its size
+PRETRAINING = (
+    "data.test_fraction=0.0",
+    "data.validation_fraction=0.03",
+    "loss.weights.energy=0",
+    "model.backbone=mace",
+    "model.n_layers=3",
+    "model.cutoff=5.0",
+    "training.n_steps=40000",
+    "training.validate_every=4000",
+    "training.checkpoint_every=2000",
+)
+TAUGHT = {
+    "both": ("loss.weights.onsite=20", "loss.weights.xtb_energy=1"),
+    "charges": ("loss.weights.onsite=20",),
+    "energies": ("loss.weights.xtb_energy=1",),
+}
+
+
+def pretrained(place: Path, rest: str, kind: str, seed: int) -> str:
+    """Directory of a run on labels (a key of TAUGHT) of the charge-only molecules ``rest``, which
+    is made if it is not there."""
+    directory = place / f"pretrained-{kind}-{seed}"
+    if not (directory / "summary.json").exists():
+        own = (f"data.dataset='{rest}'", f"training.seed={seed}", f"run.directory='{directory}'")
+        fit(load_config(CONFIG, [*PRETRAINING, *TAUGHT[kind], *own]))
+    return str(directory)
 
 
 def make_random(source: Path, place: Path) -> None:

@@ -8,13 +8,16 @@ second argument prints the tables and writes benchmarks/results/qm7_<STUDY>.json
 
 ``search`` to ``search3`` choose a network for energies alone, on split 0. Everything reported as a
 result is of split 1, whose test molecules took no part in them: ``networks`` chooses each arm's
-network and learning rate there, by validation, on subsets 0 and 1; ``curves`` and what follows
-train those on other subsets.
+network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
+``targets`` (other targets and controls, of 400 molecules) and ``first_*`` (after pre-training on
+labels alone) train on other subsets.
 """
 
 from __future__ import annotations
 
-from qm7_data import CONFIG, make_data
+from pathlib import Path
+
+from qm7_data import CONFIG, make_data, pretrained
 from study import main
 
 # Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
@@ -106,7 +109,85 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
         for name in NETWORKS
     },
 }
-SPLIT_SEED = {"networks": 1}  # of a study's molecules; 0 where it is not named
+
+# what ``networks`` chose, by the mean validation error of each arm: network, learning rate
+CHOSEN: dict[str, dict[int, tuple[str, float]]] = {"energy-only": {}, "onsite": {}}
+REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
+
+
+def _chosen(arm: str, n: int) -> tuple[str, ...]:
+    network, rate = CHOSEN[arm][100 if n < 400 else 400]
+    return (*_fresh(n, network), *REPLICATES, f"training.learning_rate={rate}")
+
+
+def _own(n: int, target: str, *changes: str) -> tuple[str, ...]:
+    """Labels of the same molecules as the energies, in the network of the on-site arm."""
+    return (
+        *_chosen("onsite", n),
+        "ablation.baseline=false",
+        f"ablation.targets=['{target}']",
+        "ablation.weights=[8.0]",
+        *changes,
+    )
+
+
+def _first(n: int, kind: str, replicate: int) -> tuple[str, ...]:
+    """GFN1 labels of all training molecules before the energies of n; one run."""
+    return (
+        *_fresh(n, "deep_far"),
+        f"ablation.seeds=[{(2, 3, 4, 5)[replicate]}]",
+        f"ablation.subset_seeds=[{(2, 2, 3, 3)[replicate]}]",
+        f"training.initial='@{kind}{replicate % 3}'",
+        "training.learning_rate=1e-3",
+        *FINE[kind],
+    )
+
+
+FINE = {
+    "both": (
+        "ablation.baseline=false",
+        "ablation.targets=['onsite+xtb_energy']",
+        "ablation.weights=[20.0]",
+        "loss.weights.xtb_energy=1.0",
+    ),
+    "charges": ("ablation.baseline=false", "ablation.weights=[20.0]"),
+    "energies": (
+        "ablation.baseline=false",
+        "ablation.targets=['xtb_energy']",
+        "ablation.weights=[1.0]",
+    ),
+}
+SIZES = (100, 200, 400, 800, 1600)
+
+if CHOSEN["onsite"]:
+    STUDIES["curves"] = {
+        **{f"base-{n}": (*_chosen("energy-only", n), "ablation.weights=[0.0]") for n in SIZES},
+        **{f"onsite-{n}": _own(n, "onsite") for n in SIZES},
+    }
+    STUDIES["targets"] = {
+        target: _own(400, target) for target in ("density", "orbital", "shell", "atomic")
+    } | {
+        "xtb_energy": _own(400, "xtb_energy", "ablation.weights=[1.0]"),
+        "onsite+xtb_energy": _own(400, "onsite+xtb_energy", "loss.weights.xtb_energy=1.0"),
+        "invariant": _own(400, "orbital", "model.head=invariant"),
+        "random": _own(400, "onsite", "data.dataset='@random'"),
+    }
+for _kind in FINE:
+    STUDIES[f"first_{_kind}"] = {
+        f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
+        for replicate in range(4)
+        for n in SIZES[:4]
+    }
+
+
+def prepare(place: Path, study: str) -> dict[str, str]:
+    """The data of a study, and the networks that it begins from."""
+    words = make_data(place, 0 if study.startswith("search") else 1)
+    if study.startswith("first_"):
+        kind = study.removeprefix("first_")
+        for seed in range(3):
+            words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
+    return words
 
 
 if __name__ == "__main__":
@@ -116,5 +197,5 @@ if __name__ == "__main__":
         CONFIG,
         "qm7",
         ("kcal/mol", 43.364),
-        lambda place, study: make_data(place, SPLIT_SEED.get(study, 0)),
+        prepare,
     )
