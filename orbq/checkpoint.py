@@ -4,6 +4,12 @@ A run keeps ``checkpoints/step_<n>`` (everything needed to go on, the newest two
 ``checkpoints/best`` (the averaged parameters of the best validation). Orbax writes a checkpoint
 under a temporary name and renames it when it is complete, so that a directory of the final name is
 a whole checkpoint.
+
+``orbq.json``, written last, holds what the caller wants to know again, the size and SHA-256 of
+every other file, and its own SHA-256. All of them are compared before Orbax opens anything: its
+threads do not take damaged files well. A checkpoint of an orbq that wrote no such list yet is read
+without that comparison: what Orbax makes of it must do, and the checksum of its arrays. Files that
+are not on the list are left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -22,15 +28,18 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from orbq.errors import OrbqError
-from orbq.preprocess.form import read_json
-from orbq.preprocess.store import write_atomically
+from orbq.preprocess.form import read_json, wrong
+from orbq.preprocess.store import sha256_of, write_atomically
 
 KEEP = 2  # newest resumable checkpoints kept
 BEST = "best"
 VERSION = 1  # raised when older checkpoints can no longer be read as they are
 _META = "orbq.json"
 _VERSION = "checkpoint_version"
-_DIGEST = "sha256"
+_DIGEST = "sha256"  # of the arrays
+_FILES = "files"  # path in the checkpoint -> bytes and SHA-256
+_OWN = "own_sha256"  # of orbq.json without this entry
+_FORM = {str: {"bytes": int, "sha256": str}}
 
 
 def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
@@ -44,7 +53,8 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
     with _checkpointer() as checkpointer:
         checkpointer.save(partial.absolute(), state)
         checkpointer.wait_until_finished()
-    described = {**meta, _VERSION: VERSION, _DIGEST: digest(state)}
+    described = {**meta, _VERSION: VERSION, _DIGEST: digest(state), _FILES: _files_of(partial)}
+    described[_OWN] = _own_digest(described)
     write_atomically(partial / _META, json.dumps(described))  # last: it says that all is there
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
@@ -59,15 +69,12 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
 def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     """The tree of a checkpoint in the structure, shapes and types of ``template``, and its meta.
 
-    Raises OrbqError naming the checkpoint when it is damaged, of another architecture, or of a
-    format that this version does not read.
+    Raises OrbqError naming the checkpoint when it is damaged (and the file, if its list of files
+    tells), of another architecture, or of a format that this version does not read.
     """
-
     wanted = serialization.to_state_dict(template)
+    meta = _compared(directory)
     try:
-        meta = dict(read_json(directory / _META, dict))
-        if (version := meta.pop(_VERSION, 1)) != VERSION:
-            raise ValueError(f"it is of checkpoint format {version}, this orbq reads {VERSION}")
         with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
             as_stored = jax.tree.map(_place, wanted, stored)
@@ -77,8 +84,8 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # Orbax raises many kinds; all mean the same to the caller
         raise OrbqError(
             f"checkpoint {directory} cannot be restored, it is damaged or of another architecture: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; delete it and "
-            "resume from an earlier one, or start again with --overwrite"
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            + _remedy(directory)
         ) from error
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(found), strict=True
@@ -93,6 +100,68 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     # the host they are as fresh ones, and a resumed run finds its compiled programs again
     found = jax.tree.map(lambda a, b: jnp.asarray(np.asarray(b), a.dtype), wanted, found)
     return serialization.from_state_dict(template, found), meta
+
+
+def _compared(directory: Path) -> dict[str, Any]:
+    """What ``orbq.json`` of a checkpoint holds, after its files were found to be as written.
+
+    Raises OrbqError naming the first that is not.
+    """
+    try:
+        meta = dict(read_json(directory / _META, dict))
+        if (version := meta.pop(_VERSION, 1)) != VERSION:
+            raise ValueError(f"it is of checkpoint format {version}, this orbq reads {VERSION}")
+        if not {_OWN, _FILES} & meta.keys():  # of an orbq that wrote neither
+            return meta
+        if meta.pop(_OWN, None) != _own_digest({**meta, _VERSION: version}):
+            raise ValueError(f"{_META} does not have the checksum it was written with")
+        files: Any = meta.pop(_FILES, None)
+        if reason := wrong(files, _FORM, _FILES):
+            raise ValueError(f"in {_META}, {reason}")
+        for name, written in files.items():
+            if reason := _difference(directory, name, written):
+                raise ValueError(f"{name} {reason}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise OrbqError(
+            f"checkpoint {directory} cannot be restored, it is damaged: {error}; "
+            + _remedy(directory)
+        ) from error
+    return meta
+
+
+def _remedy(directory: Path) -> str:
+    if directory.name == BEST:
+        return "copy the run again, or train again with --overwrite"
+    return "delete it and resume from an earlier one, or start again with --overwrite"
+
+
+def _difference(directory: Path, name: str, written: dict[str, Any]) -> str | None:
+    """How a file of a checkpoint differs from what was written, None if it does not."""
+    inside, path = PurePosixPath(name), directory / name
+    if inside.is_absolute() or ".." in inside.parts:
+        return "lies outside of the checkpoint"
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != written["bytes"]:
+        return f"has {size} bytes, {written['bytes']} were written"
+    return None if sha256_of(path) == written["sha256"] else "does not have the SHA-256 it had"
+
+
+def _files_of(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint."""
+    return {
+        path.relative_to(directory).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _own_digest(described: dict[str, Any]) -> str:
+    """SHA-256 of the contents of ``orbq.json``, hex; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _place(leaf: Any, stored: Any) -> np.ndarray:

@@ -220,7 +220,8 @@ class _Loop:
                 state, meta = checkpoint.restore(path, template)
             except OrbqError as error:
                 failure = error
-                self.reporter.warned(f"{error}\nGoing on with an earlier one if there is one.")
+                instead = f"Going on with {earlier}." if earlier else "There is no earlier one."
+                self.reporter.warned(f"{error}\n{instead}")
                 continue
             self.progress = Progress(**meta)
             return state

@@ -84,7 +84,7 @@ def runs() -> dict[str, tuple[dict[str, bytes], list[list[Any]], str]]:
     }
     out |= {f"statistics-{name}": ({statistics: data}, [], damaged) for name, data in files.items()}
     out["statistics-missing"] = ({}, [[statistics, "", ABSENT]], damaged)
-    restored = "cannot be restored"
+    restored = "cannot be restored, it is damaged: "
     for name, data in {
         "empty": b"",
         "words": b"hello",
@@ -94,12 +94,30 @@ def runs() -> dict[str, tuple[dict[str, bytes], list[list[Any]], str]]:
         out[f"checkpoint-meta-{name}"] = ({f"{best}/orbq.json": data}, [], restored)
     out["checkpoint-meta-missing"] = ({}, [[f"{best}/orbq.json", "", ABSENT]], restored)
     for name in ("_METADATA", "manifest.ocdbt", "d"):
-        out[f"checkpoint-without-{name}"] = ({}, [[f"{best}/{name}", "", ABSENT]], restored)
+        file = "d/[0-9a-f]{32}" if name == "d" else name
+        said = f"{restored}{file} is missing"
+        out[f"checkpoint-without-{name}"] = ({}, [[f"{best}/{name}", "", ABSENT]], said)
     for name in ("_METADATA", "manifest.ocdbt"):
         out[f"checkpoint-rubbish-in-{name}"] = (
             {f"{best}/{name}": b"\x80\x04rubbish"},
             [],
-            restored,
+            f"{restored}{name} has 9 bytes, [0-9]+ were written",
         )
+    changed = f"{restored}orbq.json does not have the checksum"
+    for name, key, value in (
+        ("list-null", "files", None),
+        ("list-empty", "files", {}),
+        ("list-absent", "files", ABSENT),
+        ("list-of-another-place", "files", {"../../run.json": {"bytes": 0, "sha256": ""}}),
+        ("own-checksum-absent", "own_sha256", ABSENT),
+        ("own-checksum-list", "own_sha256", []),
+        ("checksum-text", "sha256", "1"),
+    ):
+        out[f"checkpoint-{name}"] = ({}, [[f"{best}/orbq.json", key, value]], changed)
+    out["checkpoint-version-99"] = (
+        {},
+        [[f"{best}/orbq.json", "checkpoint_version", 99]],
+        "checkpoint format 99, this orbq reads 1",
+    )
     out["checkpoint-missing"] = ({}, [[best, "", ABSENT]], "no validated parameters yet")
     return out

@@ -72,12 +72,8 @@ def test_a_malformed_input_is_one_message(told, case):
     status, output, forbidden = told(case)
     assert status in (1, 2), output
     assert re.search(INDEX[case]["said"], output), output
-    if case.startswith("run/checkpoint"):
-        # threads of Orbax that still read when it gives up may print asyncio's "Event loop is
-        # closed", cut off anywhere; nothing of orbq may stand in it
-        output = output.replace("Traceback", "" if "asyncio" in output else "Traceback")
-        assert not re.search(r'File "[^"]*/orbq/[a-z_/]*\.py"', output), output
     assert "Traceback" not in output
+    assert "Event loop" not in output  # of threads of Orbax: it never sees damaged files
     assert "not foreseen" not in output
     assert not forbidden
 

@@ -120,71 +120,46 @@ def test_killed_at_ten_moments(data, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_save_stopped_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """The one before or the new one, under its name after ``recover``; and the next save works."""
-    trees = [{"a": np.full(3, n, np.float32)} for n in range(3)]
-    left = 0
-
-    def counted(real):
-        def operation(*args, **options):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        return operation
-
-    class Operations:
-        rmtree = staticmethod(counted(shutil.rmtree))
-
-    monkeypatch.setattr(checkpoint, "shutil", Operations)
-    monkeypatch.setattr(checkpoint, "write_atomically", counted(checkpoint.write_atomically))
-    monkeypatch.setattr(Path, "rename", counted(Path.rename))
-    found = []
-    for n in range(1, 10):
-        path = tmp_path / str(n) / "best"
-        checkpoint.save(path, trees[0], {"n": 0})
-        left = n
-        try:
-            checkpoint.save(path, trees[1], {"n": 1})
-        except KeyboardInterrupt:
-            left = 0
-        else:
-            break
-        tree, meta = checkpoint.restore(checkpoint.recover(path), trees[0])
-        np.testing.assert_array_equal(tree["a"], trees[meta["n"]]["a"])
-        found.append(meta["n"])
-        checkpoint.save(path, trees[2], {"n": 2})
-        assert checkpoint.restore(path, trees[0])[1] == {"n": 2}
-    assert found == [0, 0, 0, 0, 1, 1]  # the fifth puts the new one in place of the old one
-
-
-def test_a_save_keeps_what_can_be_gone_on_with_and_nothing_else(tmp_path):
-    tree = {"a": np.zeros(2, np.float32)}
-    for step in (1, 2, 3, 9):  # 9: refused, and the run gone on with from 3
-        checkpoint.save_step(tmp_path, step, tree, {})
-    (tmp_path / "step_000000004.new").mkdir()
-    checkpoint.save_step(tmp_path, 4, tree, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000003", "step_000000004"]
-
-
 def truncated(newest: Path) -> None:
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    data = largest(newest).read_bytes()
+    largest(newest).write_bytes(data[: len(data) // 2])
 
 
 def flipped(newest: Path) -> None:
-    """One bit of the contents: the checksum alone can tell."""
+    """One bit of one file."""
+    data = bytearray(largest(newest).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(newest).write_bytes(data)
+
+
+def largest(newest: Path) -> Path:
+    return max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def of_before_the_list(newest: Path) -> dict[str, Any]:
+    """orbq.json as it was written before it listed the files."""
+    meta = json.loads((newest / "orbq.json").read_text())
+    del meta["files"], meta["own_sha256"]
+    (newest / "orbq.json").write_text(json.dumps(meta))
+    return dict(meta)
+
+
+def truncated_without_a_list(newest: Path) -> None:
+    of_before_the_list(newest)
+    truncated(newest)
+
+
+def changed_without_a_list(newest: Path) -> None:
+    """One bit of the contents: the checksum of the arrays alone can tell."""
+    meta = of_before_the_list(newest)
     template = checkpoint.ocp.StandardCheckpointer().restore(newest.absolute())
     changed = jax.tree.map(np.array, template)
     leaf = jax.tree.leaves(changed)[0]
     leaf.view(np.uint8).flat[0] ^= 1
-    meta = (newest / "orbq.json").read_text()
     shutil.rmtree(newest)
     with checkpoint.ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(newest.absolute(), changed)
-    (newest / "orbq.json").write_text(meta)
+    (newest / "orbq.json").write_text(json.dumps(meta))
 
 
 def emptied(newest: Path) -> None:
@@ -196,10 +171,8 @@ def emptied(newest: Path) -> None:
 def of_another_architecture(newest: Path) -> None:
     """A checkpoint whose arrays have other shapes, whole in itself."""
     template = checkpoint.ocp.StandardCheckpointer().restore(newest.absolute())
-    meta = json.loads((newest / "orbq.json").read_text())
     wider = jax.tree.map(lambda a: np.concatenate([a, a], -1) if np.ndim(a) else a, template)
-    del meta["sha256"]
-    checkpoint.save(newest, wider, meta)
+    checkpoint.save(newest, wider, {})
 
 
 def of_a_later_version(newest: Path) -> None:
@@ -208,9 +181,11 @@ def of_a_later_version(newest: Path) -> None:
 
 
 DAMAGES = {
-    truncated: "cannot be restored, it is damaged",
-    flipped: "do not have the checksum",
-    emptied: "cannot be restored, it is damaged",
+    truncated: r"cannot be restored, it is damaged: \S+ has \d+ bytes, \d+ were written",
+    flipped: r"cannot be restored, it is damaged: \S+ does not have the SHA-256 it had",
+    emptied: r"cannot be restored, it is damaged: \S+ is missing",
+    truncated_without_a_list: "cannot be restored, it is damaged or",
+    changed_without_a_list: "do not have the checksum",
     of_another_architecture: "is of another architecture: .* has shape",
     of_a_later_version: "checkpoint format 2, this orbq reads 1",
 }
@@ -224,6 +199,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(data, whole, tm
     fit(config_of(data, run), reporter=listener)
     assert len(listener.warnings) == 1 and str(newest) in listener.warnings[0]
     assert re.search(DAMAGES[damage], listener.warnings[0])
+    assert f"Going on with {earlier}." in listener.warnings[0]
     assert_same_run(run, whole[0])
     for path in (newest, earlier):
         damage(path)
@@ -341,7 +317,8 @@ def edited(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_run_of_an_older_orbq_is_gone_on_with(data, whole, tmp_path):
-    """Keys that it did not have yet take their defaults; its checkpoints had no version yet."""
+    """Keys that it did not have yet take their defaults; its checkpoints had neither a version nor
+    a list of their files yet."""
     run = copy_of(whole[0], tmp_path / "run")
 
     def older(info: dict[str, Any]) -> None:
@@ -351,7 +328,7 @@ def test_a_run_of_an_older_orbq_is_gone_on_with(data, whole, tmp_path):
     newest = checkpoint.resumable(run / "checkpoints")[0]
     shutil.rmtree(newest)
     for path in run.glob("checkpoints/*/orbq.json"):
-        meta = json.loads(path.read_text())
+        meta = of_before_the_list(path.parent)
         del meta["checkpoint_version"]
         path.write_text(json.dumps(meta))
     assert orbq.load(run).potential.architecture.activations == "full"
