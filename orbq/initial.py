@@ -22,6 +22,7 @@ from orbq import checkpoint
 from orbq.config import Config, Model
 from orbq.data import TrainingData, prepare, refuse_taught, split_of
 from orbq.errors import InputError, OrbqError
+from orbq.evaluate import IDENTITY
 from orbq.models.potential import Constants, Params
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.store import Dataset
@@ -68,8 +69,15 @@ def check_apart(config: Config) -> None:
 
 
 def check_initial(config: Config) -> None:
-    """Refuse what can be refused without the data: no trained run, or one of another network."""
-    _read(config, None)
+    """Refuse for an ablation what can be refused without the data: no trained run, or one of
+    another network. Warn where runs of several seeds would hardly differ."""
+    seeds, subsets = config.ablation.seeds, config.ablation.subset_seeds
+    if _read(config, None) and len(set(subsets)) < len(seeds) > 1:
+        warnings.warn(
+            "all runs begin from the parameters of training.initial and see the same batches: "
+            "seeds alone make no spread; give each a subset of its own, ablation.subset_seeds",
+            stacklevel=2,
+        )
 
 
 def with_own_copy(config: Config, directory: Path) -> Config:
@@ -263,7 +271,7 @@ def _taught(config: Config | None, stored: Mapping[str, Any]) -> list[tuple[Path
 
 def _unchanged(entry: Mapping[str, Any]) -> Dataset:
     dataset = Dataset.open(entry["path"])
-    for array in ("content_hash", "group"):
+    for array in IDENTITY:
         if dataset.manifest["arrays"][array] != entry["arrays"][array]:
             raise InputError(f"{dataset.path} has changed since")
     return dataset

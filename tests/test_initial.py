@@ -19,7 +19,13 @@ from orbq.config import Config
 from orbq.data import TrainingData, prepare, to_batch
 from orbq.errors import InputError
 from orbq.fit import fit
-from orbq.initial import check_apart, prepare_from, started_from, with_own_copy
+from orbq.initial import (
+    check_apart,
+    check_initial,
+    prepare_from,
+    started_from,
+    with_own_copy,
+)
 from orbq.losses import Batch, batch_to_device
 from orbq.models.potential import Params, make_potential, predict
 from orbq.preprocess.pack import Packer
@@ -377,6 +383,17 @@ def test_all_runs_of_an_ablation_begin_from_it(sets: Path, charges: Path, tmp_pa
     assert [(r.weight, r.seed) for r in training.runs] == [(0, 0), (0, 1), (3, 0), (3, 1)]
     np.testing.assert_allclose(first[0], first[2], atol=1e-8)
     assert np.abs(np.asarray(first[0] - first[1])).max() > 1e-2
+
+
+def test_seeds_that_would_make_no_spread_are_told(
+    sets: Path, charges: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = tuned_config(sets, tmp_path, charges)
+    check_initial(edited(config, "ablation", seeds=(0, 1), subset_seeds=(5, 6)))
+    check_initial(edited(config, "ablation", seeds=(0,)))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"ablation\.subset_seeds"):
+        check_initial(edited(config, "ablation", seeds=(0, 1)))
 
 
 def test_an_ablation_is_another_one_with_another_initial_run(sets: Path, tmp_path: Path) -> None:
