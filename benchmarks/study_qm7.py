@@ -115,7 +115,11 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # what ``networks`` chose, by the mean validation error of each arm: network, learning rate
-CHOSEN: dict[str, dict[int, tuple[str, float]]] = {"energy-only": {}, "onsite": {}}
+CHOSEN = {
+    "energy-only": {100: ("near", 5e-3), 400: ("near", 5e-3)},
+    "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
+}
+PRETRAINED = 2  # networks taught by labels alone
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -141,7 +145,7 @@ def _first(n: int, kind: str, replicate: int) -> tuple[str, ...]:
         *_fresh(n, "deep_far"),
         f"ablation.seeds=[{(2, 3, 4, 5)[replicate]}]",
         f"ablation.subset_seeds=[{(2, 2, 3, 3)[replicate]}]",
-        f"training.initial='@{kind}{replicate % 3}'",
+        f"training.initial='@{kind}{replicate % PRETRAINED}'",
         "training.learning_rate=1e-3",
         *FINE[kind],
     )
@@ -163,19 +167,18 @@ FINE = {
 }
 SIZES = (100, 200, 400, 800, 1600)
 
-if CHOSEN["onsite"]:
-    STUDIES["curves"] = {
-        **{f"base-{n}": (*_chosen("energy-only", n), "ablation.weights=[0.0]") for n in SIZES},
-        **{f"onsite-{n}": _own(n, "onsite") for n in SIZES},
-    }
-    STUDIES["targets"] = {
-        target: _own(400, target) for target in ("density", "orbital", "shell", "atomic")
-    } | {
-        "xtb_energy": _own(400, "xtb_energy", "ablation.weights=[1.0]"),
-        "onsite+xtb_energy": _own(400, "onsite+xtb_energy", "loss.weights.xtb_energy=1.0"),
-        "invariant": _own(400, "orbital", "model.head=invariant"),
-        "random": _own(400, "onsite", "data.dataset='@random'"),
-    }
+STUDIES["curves"] = {
+    **{f"base-{n}": (*_chosen("energy-only", n), "ablation.weights=[0.0]") for n in SIZES},
+    **{f"onsite-{n}": _own(n, "onsite") for n in SIZES},
+}
+STUDIES["targets"] = {
+    target: _own(400, target) for target in ("density", "orbital", "shell", "atomic")
+} | {
+    "xtb_energy": _own(400, "xtb_energy", "ablation.weights=[1.0]"),
+    "onsite+xtb_energy": _own(400, "onsite+xtb_energy", "loss.weights.xtb_energy=1.0"),
+    "invariant": _own(400, "orbital", "model.head=invariant"),
+    "random": _own(400, "onsite", "data.dataset='@random'"),
+}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
@@ -189,7 +192,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     words = make_data(place, 0 if study.startswith("search") else 1)
     if study.startswith("first_"):
         kind = study.removeprefix("first_")
-        for seed in range(3):
+        for seed in range(PRETRAINED):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
 
