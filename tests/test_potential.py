@@ -104,3 +104,18 @@ def test_graph_builder_pads_as_jraph_does():
     np.testing.assert_array_equal(padded.senders[:real], ours.senders[:real])
     assert (np.diff(ours.receivers) >= 0).all()
     assert set(np.concatenate([m.numbers for m in three()])) == set(ELEMENTS)
+
+
+@pytest.mark.parametrize("backbone", ["nequip", "mace"])
+def test_one_layer_is_enough_for_a_head_with_directions(backbone):
+    architecture = TINY._replace(
+        backbone=backbone, n_layers=1, heads=heads("equivariant", ("density",))
+    )
+    potential = make_potential(architecture, constants(("density",)))
+    positions, graph = make_graph(three(), SIZE)
+    params = quick_jit(potential.init)(jax.random.key(0), positions, graph)
+    _, out = quick_jit(potential.apply, static_argnums=3)(params, positions, graph, ("density",))
+    directed = np.asarray(out["density"])[:, 4:]  # behind s, s', p and d of degree 0
+    mean = np.asarray(potential.constants.statistics["density"].mean)[graph.nodes["numbers"], 4:]
+    real = np.asarray(graph.nodes["numbers"]) > 0
+    assert np.abs(directed - mean)[real].max() > 1e-4

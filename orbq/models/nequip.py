@@ -65,7 +65,9 @@ class Layer(nn.Module):
 
 
 class NequIP(nn.Module):
-    """The backbone: species embedding, then ``n_layers`` layers; the last keeps scalars only."""
+    """The backbone: species embedding, then ``n_layers`` layers. Energies are read from scalars, so
+    that the last layer keeps these alone and heads read what it is made from; a single layer, which
+    is made from scalars, keeps all degrees for them."""
 
     settings: Settings
 
@@ -83,11 +85,12 @@ class NequIP(nn.Module):
         features, geometry = environment(vectors, species, senders, receivers, condition, settings)
         scalars = []
         for n in range(settings.n_layers):
-            last = n == settings.n_layers - 1
-            equivariant = features
-            layer = Layer(0 if last else settings.lmax, settings, name=f"layer{n}")
+            scalars_only = 0 < n == settings.n_layers - 1
+            layer = Layer(0 if scalars_only else settings.lmax, settings, name=f"layer{n}")
             features = layer(features, geometry)
             scalars.append(features[:, 0])
+            if not scalars_only:
+                equivariant = features
         return Features(tuple(scalars), equivariant, geometry)
 
 
