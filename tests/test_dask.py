@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from orbq.errors import InputError
-from orbq.preprocess import schedule
+from orbq.preprocess import label, schedule
 from orbq.preprocess.label import Progress, Resources, preprocess
 from tests.test_label import ONE, fingerprint, molecules
 
@@ -89,6 +89,31 @@ def test_a_scheduler_that_does_not_answer_is_told(tmp_path, monkeypatch):
             molecules(), tmp_path / "set", resources=Resources(scheduler="tcp://127.0.0.1:9")
         )
     assert len(preprocess(molecules(), tmp_path / "set", resources=ONE)) == 10
+
+
+def test_a_scheduler_without_workers_is_told_and_waited_for(tmp_path, monkeypatch):
+    """As when the jobs of a batch system die on their nodes, or wait for days."""
+    monkeypatch.setattr(label, "STALLED_SECONDS", 0.3)
+    scheduler = launch("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    processes = [scheduler]
+    try:
+        address = line_with(scheduler, r"tcp://127\.0\.0\.1:\d+")
+
+        def bring_a_worker(message: str, stacklevel: int) -> None:
+            told.append(str(message))
+            processes.append(launch("worker", address, "--nthreads", "1", "--no-dashboard"))
+
+        told: list[str] = []
+        monkeypatch.setattr(label.warnings, "warn", bring_a_worker)
+        monkeypatch.setattr(label, "STALLED_AGAIN_SECONDS", 60.0)
+        dataset = preprocess(molecules(), tmp_path / "set", resources=Resources(scheduler=address))
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    assert dataset.mask("onsite").all()
+    assert len(told) == 1
+    assert f"{address}: no worker is there: start some with `dask worker ADDRESS`" in told[0]
 
 
 # --------------------------------------------------------------------------- batch systems

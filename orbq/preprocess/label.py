@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -32,6 +33,7 @@ __all__ = ["Progress", "Recipe", "Resources", "preprocess"]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HERE = Resources()
 RELEASE_EVERY = 8  # chunks submitted: what was read of the mapped inputs is let go
+STALLED_SECONDS, STALLED_AGAIN_SECONDS = 30.0, 600.0  # without a result, before asking the pool why
 MAX_LOST = 3  # times that a pool may lose the same chunk
 
 
@@ -308,7 +310,7 @@ class _Calls:
 def _run(left: list[int], calls: _Calls, ledger: Ledger, tell: Callable[[], None]) -> None:
     """Keep the pool busy until every chunk is in the ledger; memory is bounded by the pool."""
     waiting: dict[Future[bytes], int] = {}
-    queue, told = iter(left), time.monotonic()
+    queue, told, patience = iter(left), time.monotonic(), STALLED_SECONDS
     exhausted = False
     try:
         while waiting or not exhausted:
@@ -317,7 +319,11 @@ def _run(left: list[int], calls: _Calls, ledger: Ledger, tell: Callable[[], None
                 exhausted = chunk is None
                 if chunk is not None:
                     waiting[calls.submit(chunk)] = chunk
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            finished, _ = wait(waiting, timeout=patience, return_when=FIRST_COMPLETED)
+            patience = STALLED_SECONDS
+            if not finished and (reason := calls.pool.stalled()):
+                warnings.warn(reason, stacklevel=2)
+                patience = STALLED_AGAIN_SECONDS
             for future in finished:
                 chunk = waiting.pop(future)
                 reply = calls.result(future, chunk)

@@ -46,10 +46,11 @@ class Resources(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """An executor and how many chunks it works on at once."""
+    """An executor; how many chunks it works on at once; why it works on none, if so."""
 
     executor: Executor
     width: Callable[[], int]
+    stalled: Callable[[], str | None] = lambda: None
 
 
 def costs(numbers: np.ndarray, offsets: np.ndarray, method: str) -> np.ndarray:
@@ -166,14 +167,26 @@ def _dask_pool(resources: Resources) -> Iterator[Pool]:
             ) from error
         with client:
             try:
-                yield Pool(client.get_executor(pure=False), lambda: _threads(client))
+                yield Pool(
+                    client.get_executor(pure=False),
+                    lambda: max(1, _threads(client)),
+                    lambda: None if _threads(client) else _without_workers(resources),
+                )
             finally:
                 with suppress(Exception):  # the workers may be gone; they outlive this job if not
                     client.run(supervise.STABLE.empty)
 
 
 def _threads(client: Any) -> int:
-    return max(1, sum(client.nthreads().values()))
+    return sum(client.nthreads().values())
+
+
+def _without_workers(resources: Resources) -> str:
+    if resources.scheduler in BATCH_SYSTEMS:
+        look = "its jobs are in the queue, or died on their nodes (the batch system's output tells)"
+    else:
+        look = "start some with `dask worker ADDRESS`"
+    return f"--scheduler {resources.scheduler}: no worker is there: {look}; waiting for one"
 
 
 @contextmanager
