@@ -165,6 +165,21 @@ FINE = {
         "ablation.weights=[1.0]",
     ),
 }
+# how to go on from labels to energies, chosen by validation on subsets 0 and 1
+_FINE = (
+    *_first(100, "both", 0),
+    "ablation.seeds=[0, 1]",
+    "ablation.subset_seeds=[0, 1]",
+)
+STUDIES["first_both_search"] = {
+    "rate1e-3": _FINE,
+    "rate3e-4": (*_FINE, "training.learning_rate=3e-4"),
+    "frozen": (*_FINE, "training.frozen=['backbone']"),
+    "light": (*_FINE, "ablation.weights=[1.0]"),
+    "alone": (*_FINE, "loss.auxiliary_final_fraction=0.0"),
+    "short": (*_FINE, "training.n_steps=800"),
+    "decay": (*_FINE, "training.weight_decay=0.1"),
+}
 SIZES = (100, 200, 400, 800, 1600)
 
 STUDIES["curves"] = {
@@ -191,7 +206,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
     if study.startswith("first_"):
-        kind = study.removeprefix("first_")
+        kind = study.split("_")[1]
         for seed in range(PRETRAINED):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words

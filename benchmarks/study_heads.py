@@ -1,0 +1,93 @@
+"""Orbital charges from an equivariant and from an invariant head, by shell, on metal complexes.
+
+    python benchmarks/study_heads.py --work DIRECTORY [--seeds 0 1]
+
+Both heads train on energies, forces and orbital charges of the embedded complexes, split by
+complex, with the same network, seed and batches. Told for kinds of atoms and shells: the error on
+the complexes of the test split, and R2, the explained share of the orbital charges' variance around
+the element's mean in each orbital. An invariant head must miss what turns with the frame. Appends
+to results/heads.jsonl; training goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import orbq
+from orbq.elements import METALS
+from orbq.fit import fit
+from orbq.orbitals import GFN1, shells
+from orbq.study.run import provenance
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "heads.jsonl"
+SLOTS = {"s": slice(0, 1), "p": slice(2, 5), "d": slice(5, 10)}
+ATOMS = {"metals": METALS, "H": (1,), "C": (6,), "N": (7,), "O": (8,), "Cl": (17,)}
+TRAINING = (
+    "training.n_steps=3000",
+    "training.learning_rate=5e-3",
+    "training.weight_decay=0.2",
+    "training.validate_every=250",
+    "loss.weights.orbital=1",
+)
+
+
+def trained(directory: Path, head: str, seed: int) -> orbq.Run:
+    """The run of one head."""
+    own = (f"model.head={head}", f"training.seed={seed}", f"run.directory='{directory}'")
+    fit(orbq.load_config(HERE.parent / "configs" / "base.toml", [*TRAINING, *own]))
+    return orbq.load(directory)
+
+
+def by_shell(run: orbq.Run) -> Iterator[dict[str, Any]]:
+    """Errors of every kind of atom and shell on the test split."""
+    evaluation = run.evaluate("tmc", "test")
+    truth, found = evaluation.references["orbital"], evaluation.values["orbital"]
+    there = shells(GFN1).slot_mask[evaluation.numbers]
+    for name, elements in ATOMS.items():
+        for shell, slots in SLOTS.items():
+            error, deviation = [], []
+            for z in elements:
+                atoms = (evaluation.numbers == z) & there[:, slots].all(1)
+                error.append((found - truth)[atoms, slots].ravel())
+                deviation.append((truth[atoms, slots] - truth[atoms, slots].mean(0)).ravel())
+            e, d = np.concatenate(error), np.concatenate(deviation)
+            if len(e):
+                yield {
+                    "atoms": name,
+                    "shell": shell,
+                    "n": len(e),
+                    "mae_e": float(np.abs(e).mean()),
+                    "rmse_e": float(np.sqrt((e**2).mean())),
+                    "r2": float(1 - (e**2).sum() / (d**2).sum()),
+                }
+
+
+def main() -> None:
+    """Train, measure, append, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    given = parser.parse_args()
+    for seed in given.seeds:
+        for head in ("equivariant", "invariant"):
+            run = trained(given.work / f"{head}-{seed}", head, seed)
+            with RESULTS.open("a", encoding="utf-8") as results:
+                for record in by_shell(run):
+                    print(
+                        f"{head:<12} {seed} {record['atoms']:<7} {record['shell']} "
+                        f"n {record['n']:>5}  MAE {record['mae_e']:.4f} e  R2 {record['r2']:+.2f}",
+                        flush=True,
+                    )
+                    facts = {"head": head, "seed": seed} | record | provenance()
+                    results.write(json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
