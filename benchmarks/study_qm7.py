@@ -119,7 +119,7 @@ CHOSEN = {
     "energy-only": {100: ("near", 5e-3), 400: ("near", 5e-3)},
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
-PRETRAINED = 2  # networks taught by labels alone
+PRETRAINED = {"both": 2, "charges": 1, "energies": 1}  # networks taught by labels alone
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -145,7 +145,7 @@ def _first(n: int, kind: str, replicate: int) -> tuple[str, ...]:
         *_fresh(n, "deep_far"),
         f"ablation.seeds=[{(2, 3, 4, 5)[replicate]}]",
         f"ablation.subset_seeds=[{(2, 2, 3, 3)[replicate]}]",
-        f"training.initial='@{kind}{replicate % PRETRAINED}'",
+        f"training.initial='@{kind}{replicate % PRETRAINED[kind]}'",
         "training.learning_rate=1e-3",
         *FINE[kind],
     )
@@ -165,21 +165,6 @@ FINE = {
         "ablation.weights=[1.0]",
     ),
 }
-# how to go on from labels to energies, chosen by validation on subsets 0 and 1
-_FINE = (
-    *_first(100, "both", 0),
-    "ablation.seeds=[0, 1]",
-    "ablation.subset_seeds=[0, 1]",
-)
-STUDIES["first_both_search"] = {
-    "rate1e-3": _FINE,
-    "rate3e-4": (*_FINE, "training.learning_rate=3e-4"),
-    "frozen": (*_FINE, "training.frozen=['backbone']"),
-    "light": (*_FINE, "ablation.weights=[1.0]"),
-    "alone": (*_FINE, "loss.auxiliary_final_fraction=0.0"),
-    "short": (*_FINE, "training.n_steps=800"),
-    "decay": (*_FINE, "training.weight_decay=0.1"),
-}
 SIZES = (100, 200, 400, 800, 1600)
 
 STUDIES["curves"] = {
@@ -197,8 +182,8 @@ STUDIES["targets"] = {
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
-        for replicate in range(4)
-        for n in SIZES[:4]
+        for replicate in ((0, 1, 2, 3) if _kind == "both" else (0, 2))
+        for n in (SIZES[:4] if _kind == "both" else (100, 400))
     }
 
 
@@ -207,7 +192,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     words = make_data(place, 0 if study.startswith("search") else 1)
     if study.startswith("first_"):
         kind = study.split("_")[1]
-        for seed in range(PRETRAINED):
+        for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
 
