@@ -55,6 +55,21 @@ def test_each_program_is_compiled_once(whole):
     assert whole[1]["compilations"] == {"pretrain": 1, "train": 1, "evaluate": 1}
 
 
+def test_gradients_are_told_on_request_and_change_nothing(data, whole, tmp_path):
+    config = config_of(data, tmp_path / "told")
+    training = config.training.model_copy(update={"log_gradients": True})
+    fit(config.model_copy(update={"training": training}))
+    a, b = final_state(tmp_path / "told"), final_state(whole[0])
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    pretraining, *_, last = records(tmp_path / "told")
+    told = {k: v for k, v in last.items() if k.startswith("gradient/")}
+    assert set(told) == {f"gradient/{k}" for k in ("energy", "forces", "atomic", "cosine")}
+    assert -1 <= told.pop("gradient/cosine") <= 1
+    assert min(told.values()) > 0
+    assert not any(k.startswith("gradient/") for k in pretraining)
+
+
 def test_a_run_leaves_what_is_needed(whole):
     directory, summary, listener = whole
     found = [(r["stage"], r["step"]) for r in records(directory)]
