@@ -26,6 +26,7 @@ from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
 KCAL = 43.364  # meV in a kcal/mol
+STUDIES = ("curves", "first_both", "first_charges", "first_energies", "targets")
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
@@ -36,15 +37,21 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "energies": "GFN1 energies first",
 }
 DRAWN = (BASELINE, "onsite", ARMS["both"])
+LABELS = {
+    "onsite": "and charges of these molecules",
+    ARMS["both"]: "after GFN1 labels of 4,800 molecules without one",
+}
 
 Errors = dict[tuple[int, int], float]  # kcal/mol by (seed, subset seed)
 Table = dict[str, dict[int, Errors]]  # arm -> size
 
 
-def read(paths: list[Path]) -> Table:
-    """Test errors of every arm."""
+def read() -> Table:
+    """Test errors of every arm that has been trained."""
     table: Table = defaultdict(lambda: defaultdict(dict))
-    for path in paths:
+    for path in (RESULTS / f"qm7_{name}.jsonl" for name in STUDIES):
+        if not path.exists():
+            continue
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             kind = record["ablation"].split("-")[0]
@@ -89,8 +96,7 @@ def compare(
 
 def main() -> None:
     """Print the table, draw the picture."""
-    names = ("curves", "first_both", "first_charges", "first_energies", "targets")
-    table = read([p for n in names if (p := RESULTS / f"qm7_{n}.jsonl").exists()])
+    table = read()
     print("| arm | N | test MAE, kcal/mol | runs | reduction | data factor |")
     print("|---|---|---|---|---|---|")
     for arm in table:
@@ -123,7 +129,7 @@ def draw(table: Table, path: Path) -> Path:
             color=COLOURS[i],
             marker=MARKERS[i],
             capsize=2,
-            label=arm,
+            label=LABELS.get(arm, arm),
         )
     sizes = sorted(table[BASELINE])
     axis.set(

@@ -44,7 +44,7 @@ def _curves(place: Path) -> Iterator[Path]:
 
     source = RESULTS / "qm7_curves.jsonl"
     if source.is_file():
-        yield plot_qm7.draw(plot_qm7.read(source), place / "qm7.png")
+        yield plot_qm7.draw(plot_qm7.read(), place / "qm7.png")
 
 
 if __name__ == "__main__":
