@@ -82,9 +82,9 @@ def fit(
     overwrite: start anew, deleting the old run. In a job of several processes (``devices.join``)
     all of them call this, with a directory that all of them see.
 
-    Raises InputError when the directory holds another run or training.initial names none to begin
-    from, PreemptedError after SIGTERM (a checkpoint is written), OrbqError when the loss is not
-    finite again and again.
+    Raises InputError when the directory holds another run or a link out of it, or training.initial
+    names none to begin from, PreemptedError after SIGTERM (a checkpoint is written), OrbqError when
+    the loss is not finite again and again.
     """
     configure_jax(config)
     directory = Path(config.run.directory)

@@ -21,6 +21,7 @@ from orbq.data import TrainingData
 from orbq.errors import InputError
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Potential
+from orbq.preprocess.links import refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
 from orbq.preprocess.store import Dataset, write_atomically
@@ -36,6 +37,7 @@ from orbq.run import (
 
 NONFINITE = "nonfinite.jsonl"
 _BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
+_FOREIGN = ("wandb",)  # where Weights & Biases makes links of its own, some to its cache
 _RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
 
 
@@ -95,26 +97,27 @@ def check_same_data(directory: Path, datasets: Sequence[Dataset]) -> None:
 def claim(directory: Path, config: Config, overwrite: bool) -> bool:
     """Make sure that ``directory`` is free, or holds this very run; whether it does.
 
-    Raises InputError when something else is in it.
+    Raises InputError when something else is in it, or a link out of it.
     """
+    place = directory.resolve()  # it may be a link, which stays
     held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
     if overwrite and held:
         if RUN_FILE not in held:
             raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
-        old = directory.with_name(f"{directory.name}.deleted")  # out of the way in one step
+        old = place.with_name(f"{place.name}.deleted")  # out of the way in one step
         shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
+        place.rename(old)
         shutil.rmtree(old)
         held = set()
-    elif held:
-        if RUN_FILE not in held:
-            raise InputError(f"{directory} is not empty and holds no run: choose another directory")
-        if differences := _differences(stored_config(directory), config):
-            raise InputError(
-                f"{directory} holds a run of another configuration ({'; '.join(differences)}): "
-                "choose another run.directory, or start anew with --overwrite (which deletes it)"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
+    elif held and RUN_FILE not in held:
+        raise InputError(f"{directory} is not empty and holds no run: choose another directory")
+    refuse_links(directory, "run.directory", foreign=_FOREIGN)
+    if held and (differences := _differences(stored_config(directory), config)):
+        raise InputError(
+            f"{directory} holds a run of another configuration ({'; '.join(differences)}): "
+            "choose another run.directory, or start anew with --overwrite (which deletes it)"
+        )
+    place.mkdir(parents=True, exist_ok=True)
     return bool(held)
 
 

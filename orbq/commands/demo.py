@@ -16,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from orbq.demo import Result
 
+TABLE, PICTURE = "table.json", "demo.png"
 WIDTH = 110  # characters of a line when the output is not a terminal
 INTERRUPTED = "Finished runs and checkpoints are kept; run the same command again to go on."
 
@@ -48,13 +49,15 @@ def demo(
     """
     from orbq import demo as job
     from orbq.preprocess.label import preprocess
+    from orbq.preprocess.links import refuse_links
 
     start = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=WIDTH)
     if overwrite and (out / "data" / job.DATASET).is_dir():
-        shutil.rmtree(out)
+        shutil.rmtree(out.resolve())  # out may be a link, which stays
+    refuse_links(out, "--out", [TABLE, PICTURE])
     arms = [arm for arm in job.ARMS if unlabelled or arm != "+ unlabelled"]
     extra = [f"training.n_steps={steps}"] if steps else []
     if steps:
@@ -130,8 +133,8 @@ def _report(console: Console, out: Path, results: list[Result], seconds: float) 
         table.add_row(row.arm, *shown, ratio)
     console.print(table)
     document = [{"arm": r.arm, "values": r.values, "ratios": r.ratios} for r in rows]
-    (out / "table.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    picture = out / "demo.png"
+    (out / TABLE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    picture = out / PICTURE
     arms_figure(rows, picture)
     console.print(Text(_facts(out, results, picture, seconds)))
 
@@ -146,7 +149,7 @@ def _facts(out: Path, results: list[Result], picture: Path, seconds: float) -> s
         f"structures: {sizes}; batches filled {first['fill']['edge']:.1%} (edges), "
         f"{first['fill']['node']:.1%} (atoms)\n"
         f"compilations per run: {', '.join(compilations)}\n"
-        f"figure: {picture}; table: {out / 'table.json'}; runs: {out}/*-seed*\n"
+        f"figure: {picture}; table: {out / TABLE}; runs: {out}/*-seed*\n"
         f"{seconds:.0f} s in all. Again: orbq demo --out {out} --overwrite; "
         f"larger: orbq demo --seeds 5 --steps 30000 --out {out}-large"
     )

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from orbq.run import Run
 
 INTERRUPTED = "Run the same command again."
+WRITTEN = (
+    *("pca.png", "tsne.png", "clustering.csv", "elements.csv", "embeddings.npz"),
+    "chemiscope.json.gz",
+)
 SPLITS = "all|train|validation|test"
 
 
@@ -72,6 +76,7 @@ def embed(
     from orbq.embed_files import require
     from orbq.evaluate import split_rows
     from orbq.inference import open_run
+    from orbq.preprocess.links import refuse_links
     from orbq.run_plots import names_of
 
     if len(runs) < 2:
@@ -80,6 +85,7 @@ def embed(
     for module in ["sklearn"] + ["chemiscope"] * chemiscope:
         require(module)
     wanted = _parsed(elements) if elements else METALS
+    refuse_links(out, "--out", WRITTEN)
     console = Console(highlight=False, soft_wrap=True)
     loaded = {n: open_run(d) for n, d in zip(names_of(directories), directories, strict=True)}
     data = open_dataset(name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orbq.scores import Evaluation
 
 INTERRUPTED = "Nothing was written; run the same command again."
+EVALUATION, METRICS = "evaluation", "metrics.json"
 SPLITS = "test|validation|train|all"
 
 
@@ -58,12 +59,17 @@ def evaluate(
     from orbq.evaluate import evaluate as compare
     from orbq.evaluate import split_rows
     from orbq.inference import open_run
+    from orbq.preprocess.links import refuse_links
     from orbq.scores import report
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    if out is None:
+        refuse_links(run, "--out", [EVALUATION])
+    else:
+        refuse_links(out, "--out", [METRICS, "parity*.png"])
     loaded, data = open_run(run), open_dataset(dataset)
     name, rows = split_rows(loaded, data, split)
-    place = out or run / "evaluation"
+    place = out or run / EVALUATION
     _claim(place)
     with _bar() as bar:
         task = bar.add_task(f"predicting {name}", total=len(rows))
@@ -78,7 +84,7 @@ def evaluate(
     document = report(found, facts.items())
     console.print(Text(f"{run} on {dataset}, split {name}"))
     show(found, console)
-    metrics = place / "metrics.json"
+    metrics = place / METRICS
     metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     pictures = draw(found, place) if plots else []
     console.print(Text(f"wrote to {place}: " + ", ".join(p.name for p in [metrics, *pictures])))

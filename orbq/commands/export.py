@@ -45,9 +45,12 @@ def export(
       orbq export runs/demo --out demo-cpu --platform cpu --overwrite
     """
     from orbq.inference import open_run
+    from orbq.preprocess.links import refuse_links
     from orbq.stablehlo import PLATFORMS
     from orbq.stablehlo import export as write
 
+    if out is None:
+        refuse_links(run, "--out", ["export*"])
     place = write(open_run(run), out or run / "export", charges, platform or PLATFORMS, overwrite)
     size = sum(path.stat().st_size for path in place.iterdir())
     Console(highlight=False, soft_wrap=True).print(

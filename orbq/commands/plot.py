@@ -54,6 +54,7 @@ def plot(
       orbq plot runs/* --no-parity                      # also while they train
     """
     from orbq.plots import learning_curve_figure
+    from orbq.preprocess.links import refuse_links
     from orbq.run_plots import (
         curves_csv,
         labels_of,
@@ -66,6 +67,7 @@ def plot(
     console = Console(highlight=False, soft_wrap=True)
     if not parity and (dataset or split):
         raise InputError("--dataset and --split are of the parity plots: leave out --no-parity")
+    refuse_links(out, "--out", ["learning-curves.*", "parity-*"])
     named = dict(zip(names_of(runs), runs, strict=True))
     for directory in runs:
         if told := progress_of(directory):

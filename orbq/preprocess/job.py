@@ -29,6 +29,7 @@ import numpy as np
 
 from orbq.errors import InputError
 from orbq.preprocess import store
+from orbq.preprocess.links import refuse_links
 from orbq.preprocess.schedule import Plan
 from orbq.preprocess.wire import Message
 from orbq.schema import FAILURES, FIELDS, MANIFEST
@@ -59,7 +60,8 @@ class Workspace:
     def acquire(self) -> None:
         """Make the directory ours.
 
-        Raises InputError when it holds something else, or another process is at work in it.
+        Raises InputError when it holds something else or a link out of it, or another process is at
+        work in it.
         """
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out} is a file: choose another directory for --out")
@@ -70,7 +72,7 @@ class Workspace:
                     f"{self.out} is not empty and not a data set of orbq (it holds {others[0]}): "
                     "choose another directory for --out"
                 )
-        self._refuse_links()
+        refuse_links(self.out, "--out")
         self.state.mkdir(parents=True, exist_ok=True)
         self._lock = (self.state / "lock").open("w")
         try:
@@ -78,16 +80,6 @@ class Workspace:
         except OSError as error:
             self.release()
             raise InputError(f"another process is writing to {self.out}: wait for it") from error
-
-    def _refuse_links(self) -> None:
-        """Links in somebody else's directory would be followed to files outside of it."""
-        for directory in (self.out, self.state):
-            for path in directory.iterdir() if directory.is_dir() else ():
-                if path.is_symlink():
-                    raise InputError(
-                        f"{path} is a link, and orbq writes to no file outside of --out: take it "
-                        "away, or choose another directory"
-                    )
 
     def release(self) -> None:
         """Let go of the directory."""

@@ -14,6 +14,7 @@ import numpy as np
 from orbq.config import Config, config_from_json
 from orbq.equivalence import Arm, Estimate, choose, data_equivalence, factor_text, reduction
 from orbq.errors import InputError
+from orbq.preprocess.links import refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.study.plan import BASELINE
 from orbq.study.program import CRITERION
@@ -224,13 +225,14 @@ def write_report(
     """Write ``results.csv``, ``summary.csv``, pictures and ``report.html``; the summary as text.
 
     config: the ablation's, for what the page says of the plan; None to leave that out.
-    Raises InputError without records.
+    Raises InputError without records, or when the directory has a link out of it.
     """
     from orbq.study.page import page
     from orbq.study.pictures import pictures
 
     if not records:
         raise InputError(f"{directory} has no finished program yet: there is nothing to report")
+    refuse_links(directory, "run.directory")
     rows, options = rows_of(records), options_of(records)
     write_atomically(directory / CSV, table_of_runs(records))
     write_atomically(directory / SUMMARY_CSV, table_of_rows(rows))

@@ -29,6 +29,7 @@ from orbq.errors import InputError
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
+from orbq.preprocess.links import refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.study.plan import Program, RunSpec, fingerprint, make_plan
 from orbq.study.program import Training, Unwatched, Watcher
@@ -59,8 +60,8 @@ def run_ablation(
     """Train every run of the [ablation] table that has no record yet; all records.
 
     overwrite: delete the records and start anew. Raises InputError when the directory holds
-    something else, or an ablation of another configuration, and for a training.initial that the
-    runs cannot begin from.
+    something else, a link out of it, or an ablation of another configuration, and for a
+    training.initial that the runs cannot begin from.
     """
     configure_jax(config)
     reporter, directory = reporter or Silent(), Path(config.run.directory)
@@ -132,13 +133,15 @@ def device_memory() -> int:
 
 
 def _claim(directory: Path, config: Config, overwrite: bool) -> None:
-    """Make sure that ``directory`` is free, or holds this very ablation."""
+    """Make sure that ``directory`` is free, or holds this very ablation, and no link out of it."""
+    place = directory.resolve()  # it may be a link, which stays
     held = {p.name for p in directory.iterdir()} if directory.exists() else set()
     if held and not held & _OWN:
         raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
     if overwrite and held:
-        shutil.rmtree(directory)
+        shutil.rmtree(place)
         held = set()
+    refuse_links(directory, "run.directory")
     own = fingerprint(config)
     if DESCRIPTION in held:
         try:
@@ -150,7 +153,7 @@ def _claim(directory: Path, config: Config, overwrite: bool) -> None:
                 f"{directory} holds an ablation of another configuration: choose another "
                 "run.directory, or start anew with --overwrite (which deletes it)"
             )
-    directory.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     document = {
         "orbq_version": __version__,
         "fingerprint": own,
