@@ -66,13 +66,16 @@ class Process:
         hello = self._receive()
         self.about: dict[str, str] = wire.unpack(hello).note
 
-    def call(self, request: wire.Message) -> wire.Message:
-        """The reply to one chunk. Raises DiedError when the process ends before it comes."""
+    def call(self, request: bytes, timeout: float | None) -> bytes:
+        """The packed reply to a packed chunk, which gives each of its structures ``timeout`` s.
+
+        Raises DiedError when the process ends before the reply comes.
+        """
         assert self.popen.stdin is not None
-        self.timeout = request.note["timeout"]
+        self.timeout = timeout
         with suppress(BrokenPipeError):
-            wire.send(self.popen.stdin, wire.pack(request))  # type: ignore[arg-type]
-        return wire.unpack(self._receive())
+            wire.send(self.popen.stdin, request)  # type: ignore[arg-type]
+        return self._receive()
 
     def _receive(self) -> bytes:
         assert self.popen.stdout is not None
@@ -184,7 +187,10 @@ def label_chunk(data: bytes, spec: Spec) -> bytes:
     idle_deaths = 0
     while todo:
         try:
-            parts.append((todo, _call(request, todo, spec)))
+            reply = _call(data, request.note["timeout"], spec)
+            if not parts and not failures:
+                return reply
+            parts.append((todo, wire.unpack(reply)))
             break
         except DiedError as death:
             if not 0 <= death.position < len(todo):
@@ -194,21 +200,26 @@ def label_chunk(data: bytes, spec: Spec) -> bytes:
                 continue
             culprit = todo[death.position]
             todo = [i for i in todo if i != culprit]
+            data, alone = _part(request, todo), _part(request, [culprit])
             try:
-                parts.append(([culprit], _call(request, [culprit], spec, alone=True)))
+                reply = _call(alone, request.note["timeout"], spec, alone=True)
+                parts.append(([culprit], wire.unpack(reply)))
             except DiedError as again:
                 failures.append((culprit, f"{again} (twice)"))
     return wire.pack(_assemble(request, parts, failures))
 
 
-def _call(
-    request: wire.Message, chosen: list[int], spec: Spec, alone: bool = False
-) -> wire.Message:
+def _part(request: wire.Message, chosen: list[int]) -> bytes:
+    """The packed request for some of the structures of another."""
+    arrays = wire.select(request.arrays, np.array(chosen, int))
+    return wire.pack(wire.Message(arrays, request.note))
+
+
+def _call(data: bytes, timeout: float | None, spec: Spec, alone: bool = False) -> bytes:
     process = STABLE.borrow(spec, fresh=alone)
     alive = False
     try:
-        arrays = wire.select(request.arrays, np.array(chosen))
-        reply = process.call(wire.Message(arrays, request.note))
+        reply = process.call(data, timeout)
         alive = not alone  # what has just survived a dangerous structure is not used again
         return reply
     finally:
@@ -221,11 +232,8 @@ def _assemble(
     failures: list[tuple[int, str]],
 ) -> wire.Message:
     """One reply in the order of the request from the replies to parts of it."""
-    whole = list(range(len(request.arrays["offsets"]) - 1))
-    if len(parts) == 1 and parts[0][0] == whole:
-        return parts[0][1]
     offsets = request.arrays["offsets"]
-    n_atoms, n = int(offsets[-1]), len(whole)
+    n_atoms, n = int(offsets[-1]), len(offsets) - 1
     shapes: dict[str, Any] = {"onsite": (n_atoms, N_ONSITE), "xtb_forces": (n_atoms, 3)}
     arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
     arrays |= {"xtb_energy": np.zeros(n), "labelled": np.zeros(n, bool)}

@@ -7,6 +7,7 @@ it; nothing in it can run code. Streams carry messages with their length before 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -42,8 +43,7 @@ def unpack(data: bytes) -> Message:
     layout, note = json.loads(data[_LENGTH.size : start])
     arrays = {}
     for name, dtype, shape in layout:
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
+        arrays[name] = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
         start += arrays[name].nbytes
     return Message(arrays, note)
 

@@ -183,7 +183,7 @@ def singlepoint(
     calculator = tblite.Calculator(
         method,
         structure.numbers,
-        structure.positions[:, TO_TBLITE] / units.BOHR,
+        structure.positions.take(TO_TBLITE, axis=1) / units.BOHR,
         float(structure.total_charge),
         unpaired(structure, method),
         structure.cell[:, TO_TBLITE] / units.BOHR if periodic else None,
@@ -207,7 +207,7 @@ def singlepoint(
     return Raw(
         onsite_blocks(density, result.get("overlap-matrix"), structure.numbers, method),
         float(result.get("energy")) * units.HARTREE,
-        result.get("gradient")[:, FROM_TBLITE] * -units.HARTREE_PER_BOHR,
+        result.get("gradient").take(FROM_TBLITE, axis=1) * -units.HARTREE_PER_BOHR,
     )
 
 
