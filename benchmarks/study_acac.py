@@ -1,0 +1,110 @@
+"""Acetylacetone from 50 and 100 configurations with forces: what GFN1-xTB labels bring.
+
+    python benchmarks/study_acac.py --work DIRECTORY [--n 50 100] [--seeds 0 1 2] [--arms ARM ...]
+
+DIRECTORY holds the data sets `train`, `test` and `xtb` as configs/acac.toml and acac_gfn1.toml say
+how to make them. One network for all arms (MACE-like, 2 layers, 32 channels), as many steps, the
+same configurations, the best step by the same 50 others; RMSE on the 650 test configurations:
+
+    energy-only     energies and forces
+    onsite          and on-site charges of the same configurations
+    forces-first    after GFN1 energies and forces of 2,400 further configurations; theirs stay a target
+    gfn1-first      after GFN1 energies, forces and on-site charges of these
+
+`--rates` tries other learning rates of an arm. Appends to results/acac_sizes.jsonl; training goes on
+where it was stopped, and what is recorded is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import orbq
+from orbq.fit import fit
+from orbq.study.run import provenance
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "acac_sizes.jsonl"
+CONFIG = HERE.parent / "configs" / "acac.toml"
+NETWORK = ("model.backbone=mace", "model.n_layers=2", "model.n_channels=32")
+FORCES = ("loss.weights.xtb_energy=1", "loss.weights.xtb_forces=10")
+CHARGES = ("loss.weights.onsite=1",)
+TARGETS = {
+    "energy-only": (),
+    "onsite": CHARGES,
+    "forces-first": FORCES,
+    "gfn1-first": (*FORCES, *CHARGES),
+}
+RATES = {"energy-only": 5e-3, "onsite": 5e-3, "forces-first": 2e-3, "gfn1-first": 2e-3}
+
+
+def trained(directory: Path, *overrides: str) -> orbq.Run:
+    """A run of the common network."""
+    own = (f"run.directory='{directory}'", "training.validate_every=500", *NETWORK, *overrides)
+    fit(orbq.load_config(CONFIG, own))
+    return orbq.load(directory)
+
+
+def taught(work: Path, arm: str) -> tuple[str, ...]:
+    """Where an arm begins: a network that has learnt the labels of further configurations."""
+    if not arm.endswith("-first"):
+        return ()
+    directory = work / f"taught-{arm}"
+    trained(
+        directory,
+        f"data.dataset='{work / 'xtb'}'",
+        "loss.weights.energy=0",
+        "loss.weights.forces=0",
+        "data.validation_fraction=0.05",
+        "training.n_steps=15000",
+        *TARGETS[arm],
+    )
+    return (f"training.initial='{directory}'",)
+
+
+def errors(run: orbq.Run, work: Path) -> dict[str, float]:
+    """RMSE and MAE of energies (meV) and forces (meV/Å) on the test configurations."""
+    found = run.evaluate(work / "test", "all").errors
+    return {k: v for k, v in found.items() if k.startswith(("energy_", "forces_"))}
+
+
+def main() -> None:
+    """Train what is not recorded yet; append to the results; print each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--n", type=int, nargs="+", default=[50, 100], help="configurations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--rates", type=float, nargs="+", help="instead of the arm's own")
+    given = parser.parse_args()
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    known = [json.loads(line) for line in lines]
+    for seed, n, arm in ((s, n, a) for s in given.seeds for n in given.n for a in given.arms):
+        for rate in given.rates or [RATES[arm]]:
+            what: dict[str, Any] = {"arm": arm, "n": n, "seed": seed, "rate": rate}
+            what["steps"] = given.steps
+            if any(what.items() <= record.items() for record in known):
+                continue
+            run = trained(
+                given.work / "sizes" / f"{arm}-{n}-{seed}-{rate:g}-{given.steps}",
+                f"data.dataset='{given.work / 'train'}'",
+                f"data.n_train={n}",
+                f"data.subset_seed={seed}",
+                f"training.seed={seed}",
+                f"training.n_steps={given.steps}",
+                f"training.learning_rate={rate}",
+                *TARGETS[arm],
+                *taught(given.work, arm),
+            )
+            record = what | {"test": errors(run, given.work), "provenance": provenance()}
+            with RESULTS.open("a") as results:
+                results.write(json.dumps(record) + "\n")
+            print(json.dumps(what | record["test"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
