@@ -8,11 +8,11 @@ same configurations, the best step by the same 50 others; RMSE on the 650 test c
 
     energy-only     energies and forces
     onsite          and on-site charges of the same configurations
-    forces-first    after GFN1 energies and forces of 2,400 further configurations; theirs stay a target
+    forces-first    after GFN1 energies and forces of 2,400 further configurations, kept as targets
     gfn1-first      after GFN1 energies, forces and on-site charges of these
 
-`--rates` tries other learning rates of an arm. Appends to results/acac_sizes.jsonl; training goes on
-where it was stopped, and what is recorded is not trained again.
+`--rates` tries other learning rates of an arm. Appends to results/acac_sizes.jsonl; training goes
+on where it was stopped, and what is recorded is not trained again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def taught(work: Path, arm: str) -> tuple[str, ...]:
 
 def errors(run: orbq.Run, work: Path) -> dict[str, float]:
     """RMSE and MAE of energies (meV) and forces (meV/Å) on the test configurations."""
-    found = run.evaluate(work / "test", "all").errors
+    found = run.evaluate(work / "test", "all").errors()
     return {k: v for k, v in found.items() if k.startswith(("energy_", "forces_"))}
 
 
