@@ -48,7 +48,7 @@ def trained(directory: Path, head: str, seed: int) -> orbq.Run:
 def by_shell(run: orbq.Run) -> Iterator[dict[str, Any]]:
     """Errors of every kind of atom and shell on the test split."""
     evaluation = run.evaluate("tmc", "test")
-    truth, found = evaluation.references["orbital"], evaluation.values["orbital"]
+    truth, found = evaluation.values["orbital"].label, evaluation.values["orbital"].predicted
     there = shells(GFN1).slot_mask[evaluation.numbers]
     for name, elements in ATOMS.items():
         for shell, slots in SLOTS.items():
