@@ -86,11 +86,14 @@ def _value_problems(dataset: Dataset) -> Iterator[str]:
     for start in range(0, len(dataset), BLOCK):
         bounds = offsets[start : start + BLOCK + 1]
         atoms = slice(int(bounds[0]), int(bounds[-1]))
+        numbers, positions = dataset["numbers"], dataset["positions"]
         try:
-            store.check_atoms(dataset.path, dataset["numbers"][atoms], dataset["positions"][atoms])
+            store.check_atoms(dataset.path, numbers[atoms], positions[atoms])
         except InputError as error:
             yield str(error)
             return
+        for read in (numbers, positions):
+            release(read)
     yield from _charge_problems(dataset, offsets)
 
 
