@@ -14,7 +14,8 @@ from orbq.cli import COMMANDS, make_app
 from orbq.orbitals import atomic_charges
 from orbq.preprocess import summary as summaries
 from orbq.preprocess.label import preprocess
-from orbq.preprocess.store import array_file
+from orbq.preprocess.neighbor_cache import neighbors
+from orbq.preprocess.store import Dataset, array_file
 from orbq.preprocess.verify import verify
 from tests.test_label import ONE, molecules
 
@@ -140,6 +141,19 @@ def test_damaged_failures_are_seen(copy):
     (copy / "failures.jsonl").write_text("")
     (problem,) = verify(copy)
     assert "failures.jsonl" in problem
+
+
+@pytest.mark.parametrize("name", ["offsets", "senders", "receivers"])
+def test_a_damaged_neighbour_list_is_named(copy, name):
+    neighbors(Dataset.open(copy), 3.0)
+    assert run("verify", str(copy)).exit_code == 0
+    flip_a_bit(copy / "neighbors-3" / f"{name}.npy")
+    assert verify(copy) == []
+    result = run("verify", str(copy))
+    assert result.exit_code == 1
+    assert f"{name}.npy: its bytes have changed" in result.output.replace("\n", "")
+    shutil.rmtree(copy / "neighbors-3")
+    assert run("verify", str(copy)).exit_code == 0
 
 
 def test_wrong_values_with_right_checksums_are_seen(copy):

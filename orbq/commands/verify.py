@@ -14,7 +14,8 @@ from orbq.errors import OrbqError
 def verify(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory of a data set.")],
 ) -> None:
-    """Check every file of a data set against its manifest, and the sums of its charges.
+    """Check every file of a data set against its manifest, the sums of its charges, and its cached
+    neighbour lists.
 
     Ends with exit status 1 and names each damaged file and the remedy.
 
@@ -33,6 +34,8 @@ def verify(
     if problems:
         told = "\n  ".join(problems)
         raise OrbqError(f"{dataset} is damaged:\n  {told}\n{checks.remedy(dataset, manifest)}")
+    if cached := checks.cache_problems(dataset):
+        raise OrbqError("\n".join(cached))
     counts = manifest["counts"]
     Console(soft_wrap=True, highlight=False, markup=False).print(
         f"{dataset}: whole; {len(manifest['arrays'])} arrays of {counts['structures']:,} "

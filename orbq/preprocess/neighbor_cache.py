@@ -24,10 +24,10 @@ import numpy as np
 from orbq.errors import OrbqError
 from orbq.preprocess.flat import FlatWriter, release
 from orbq.preprocess.neighbors import cell_list, check_cutoff, molecule_edges
-from orbq.preprocess.store import check_atoms
+from orbq.preprocess.store import check_atoms, sha256_of
 from orbq.schema import MANIFEST
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _CHUNK_ATOMS = 1 << 16  # atoms read at once from a data set
 
 
@@ -149,6 +149,25 @@ def _open(place: Path, stamp: dict[str, Any]) -> Neighbors | None:
     return Neighbors(stamp["cutoff"], *(arrays.get(name) for name in Neighbors._fields[1:]))  # type: ignore[arg-type]
 
 
+def damaged(directory: Path) -> Iterator[Path]:
+    """Files of a data set's cached neighbour lists whose bytes are not those that were written.
+
+    Opening a list compares lengths alone; this reads all of them.
+    """
+    for place in sorted(directory.glob("neighbors-*")):
+        if ".tmp-" in place.name:  # unfinished
+            continue
+        try:
+            meta = json.loads((place / "meta.json").read_text())
+            digests = dict(meta["sha256"]) if meta["version"] == CACHE_VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # is made anew when it is asked for
+        for name in Neighbors._fields[1:]:
+            path = place / f"{name}.npy"
+            if name in digests and path.is_file() and sha256_of(path) != digests[name]:
+                yield path
+
+
 def _load(path: Path) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array.view(np.ndarray)
@@ -251,7 +270,8 @@ def _write(
         writer.close()
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
     np.save(place / "offsets.npy", offsets)
-    meta = {**stamp, "periodic": periodic, "n_edges": int(offsets[-1])}
+    digests = {name: sha256_of(place / f"{name}.npy") for name in ("offsets", *writers)}
+    meta = {**stamp, "periodic": periodic, "n_edges": int(offsets[-1]), "sha256": digests}
     (place / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 

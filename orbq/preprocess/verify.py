@@ -13,6 +13,7 @@ from orbq.errors import InputError
 from orbq.orbitals import atomic_charges
 from orbq.preprocess import store
 from orbq.preprocess.flat import release
+from orbq.preprocess.neighbor_cache import damaged
 from orbq.preprocess.store import Dataset
 from orbq.schema import FAILURES
 
@@ -42,6 +43,15 @@ def verify(
         return list(_value_problems(Dataset.open(path)))
     except InputError as error:
         return [str(error)]
+
+
+def cache_problems(directory: str | Path) -> list[str]:
+    """What is wrong with the neighbour lists kept in a data set's directory, with the remedy."""
+    return [
+        f"{file}: its bytes have changed since they were written (SHA-256 differs); delete "
+        f"{file.parent}, a cached neighbour list: it is made anew when it is needed"
+        for file in damaged(Path(directory))
+    ]
 
 
 def remedy(directory: Path, manifest: dict[str, Any]) -> str:
