@@ -6,7 +6,10 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # before anything imports JAX, in this process and in those that the tests start
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,3 +47,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_DEBUG_NANS"] = "True"
+
+
+@pytest.fixture
+def own_settings_of_jax() -> Iterator[None]:
+    """What a test changes of JAX's settings is undone."""
+    from training_runs import settings_put_back
+
+    with settings_put_back():
+        yield

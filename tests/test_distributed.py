@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,7 @@ PARTS, STEPS = 8, 6
 ROUNDING = 2e-4
 
 
-@pytest.fixture(autouse=True)
-def own_settings_of_jax() -> Iterator[None]:
-    with settings_put_back():
-        yield
+pytestmark = pytest.mark.usefixtures("own_settings_of_jax")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from training_runs import (
     final_state,
     label,
     records,
-    settings_put_back,
     structures,
 )
 
@@ -27,11 +25,7 @@ from orbq.preprocess.label import Resources, preprocess
 from orbq.preprocess.store import Dataset
 from orbq.stages import make_stages
 
-
-@pytest.fixture(autouse=True)
-def own_settings_of_jax() -> Iterator[None]:
-    with settings_put_back():
-        yield
+pytestmark = pytest.mark.usefixtures("own_settings_of_jax")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,7 @@ TUNED = {"energy": 1.0, "forces": 1.0, "atomic": 1.0, "shell": 1.0}
 ALONE = {"pretrain_steps": 0, "unlabelled_share": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def own_settings_of_jax() -> Iterator[None]:
-    with settings_put_back():
-        yield
+pytestmark = pytest.mark.usefixtures("own_settings_of_jax")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from training_runs import (
     copy_of,
     final_state,
     label,
-    settings_put_back,
     structures,
 )
 
@@ -34,11 +33,7 @@ from orbq.fit import fit
 from orbq.preprocess.label import Resources, preprocess
 from orbq.preprocess.store import Dataset
 
-
-@pytest.fixture(autouse=True)
-def own_settings_of_jax() -> Iterator[None]:
-    with settings_put_back():
-        yield
+pytestmark = pytest.mark.usefixtures("own_settings_of_jax")
 
 
 @pytest.fixture(scope="module")

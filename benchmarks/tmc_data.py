@@ -1,0 +1,66 @@
+"""Data of the studies on metal complexes: the embedded sets grown by benchmarks/make_tmc.py, and
+networks that have learnt GFN1-xTB labels of complexes without DFT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+from ase import Atoms
+
+from orbq.config import load_config
+from orbq.fit import fit
+from orbq.preprocess.label import preprocess
+
+HERE = Path(__file__).parent
+EMBEDDED = HERE.parent / "orbq" / "data"
+CONFIG = EMBEDDED / "demo.toml"
+# make_tmc.py --seed 3000 with DFT, and --seed 4000 --per-metal 200 --structures-only
+GROWN = (EMBEDDED / "tmc.extxyz.gz", HERE / "data" / "tmc_3000.extxyz.gz")
+UNLABELLED = (
+    EMBEDDED / "tmc_unlabelled.extxyz.gz",
+    HERE / "data" / "tmc_4000_unlabelled.extxyz.gz",
+)
+
+PRETRAINING = (
+    "data.unlabelled=[]",
+    "data.validation_fraction=0.03",
+    "data.test_fraction=0.0",
+    "loss.weights.energy=0",
+    "loss.weights.forces=0",
+    "training.pretrain_steps=0",
+    "training.weight_decay=0.0",
+    "training.n_steps=20000",
+    "training.validate_every=2000",
+)
+TAUGHT = {
+    "all": ("loss.weights.onsite=1", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
+    "forces": ("loss.weights.onsite=0", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
+}
+
+
+def make_grown(place: Path) -> dict[str, str]:
+    """Label all complexes with DFT (@data), and those without (@rest), less the complexes with."""
+    known = [frame for path in GROWN for frame in _frames(path)]
+    groups = {frame.info["group"] for frame in known}
+    others = [frame for path in UNLABELLED for frame in _frames(path)]
+    rest = [frame for frame in others if frame.info["group"] not in groups]
+    preprocess(known, place / "grown")
+    preprocess(rest, place / "grown-rest")
+    return {"@data": str(place / "grown"), "@rest": str(place / "grown-rest")}
+
+
+def taught(place: Path, rest: str, kind: str, seed: int) -> str:
+    """Directory of a run on labels (a key of TAUGHT) of the complexes without DFT; made once."""
+    directory = place / f"taught-{kind}-{seed}"
+    if not (directory / "summary.json").exists():
+        own = (f"data.dataset='{rest}'", f"training.seed={seed}", f"run.directory='{directory}'")
+        fit(load_config(CONFIG, [*PRETRAINING, *TAUGHT[kind], *own]))
+    return str(directory)
+
+
+def _frames(path: Path) -> list[Atoms]:
+    frames = ase.io.read(path, ":")
+    assert isinstance(frames, list)
+    return frames
