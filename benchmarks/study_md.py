@@ -1,0 +1,124 @@
+"""Dynamics at 300 K of ten complexes that training has never seen.
+
+    python benchmarks/study_md.py --work DIRECTORY [--ps 2]
+
+Two networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
+alone, and after GFN1-xTB labels of complexes without DFT. Of the test split the first structures of
+ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from where the
+data have them. Told for each: the mean temperature of the second half, the shortest distance in
+units of the sum of covalent radii, and the largest stretch of a bond it began with. "stable": no
+distance below 0.6, no bond beyond 1.6 times its first length. Appends to results/md.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.data import covalent_radii
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from tmc_data import CONFIG, make_grown, taught
+
+import orbq
+from orbq.data import open_dataset
+from orbq.evaluate import split_rows
+from orbq.fit import fit
+from orbq.study.run import provenance
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "md.jsonl"
+STEP, FRICTION, EVERY = 0.5, 0.01, 10  # fs, 1/fs, steps between looks
+TOO_CLOSE, TOO_FAR, BONDED = 0.6, 1.6, 1.25
+COMMON = ("data.unlabelled=[]", "training.pretrain_steps=0", "data.dataset='@data'")
+ARMS = {
+    "energy-only": ("loss.weights.onsite=0", "loss.weights.xtb_energy=0"),
+    "gfn1-first": ("training.initial='@all'", "loss.weights.xtb_forces=1"),
+}
+
+
+def trained(directory: Path, words: dict[str, str], arm: str) -> orbq.Run:
+    """The run of an arm; goes on where it was stopped."""
+    overrides = [*COMMON, *ARMS[arm], f"run.directory='{directory}'"]
+    for word, value in words.items():
+        overrides = [override.replace(word, value) for override in overrides]
+    fit(orbq.load_config(CONFIG, overrides))
+    return orbq.load(directory)
+
+
+def held_out(run: orbq.Run, dataset: str, n: int) -> list[tuple[str, Atoms]]:
+    """The first structures of ``n`` complexes of the test split, with their names."""
+    data = open_dataset(dataset)
+    found: dict[str, Atoms] = {}
+    for row in split_rows(run, data, "test")[1]:
+        name = bytes(data["group"][row]).decode()
+        atoms = slice(*data["offsets"][row : row + 2])
+        numbers = np.array(data["numbers"][atoms])
+        if name in found or len(numbers) < 6 or "_" not in name:
+            continue
+        found[name] = Atoms(numbers, np.array(data["positions"][atoms]))
+        charge, spin = int(data["total_charge"][row]), int(data["spin_multiplicity"][row])
+        found[name].info |= {"charge": charge, "spin_multiplicity": spin}
+    rng = np.random.default_rng(0)
+    names = sorted(found)
+    return [(names[i], found[names[i]]) for i in rng.permutation(len(names))[:n]]
+
+
+def dynamics(atoms: Atoms, calculator: orbq.Calculator, picoseconds: float) -> dict[str, Any]:
+    """What a trajectory at 300 K does to the distances of a molecule."""
+    pairs = np.triu_indices(len(atoms), 1)
+    radii = covalent_radii[atoms.numbers]
+    reach = (radii[:, None] + radii)[pairs]
+    first = atoms.get_all_distances()[pairs]
+    bonds = first < BONDED * reach
+    closest, stretch, temperatures = [], [], []
+    atoms.calc = calculator
+    rng = np.random.default_rng(0)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
+    Stationary(atoms)
+    friction = FRICTION / units.fs
+    step = STEP * units.fs
+    langevin = Langevin(atoms, step, temperature_K=300, friction=friction, rng=rng)
+
+    def look() -> None:
+        distances = atoms.get_all_distances()[pairs]
+        closest.append((distances / reach).min())
+        stretch.append((distances / first)[bonds].max())
+        temperatures.append(atoms.get_temperature())
+
+    langevin.attach(look, interval=EVERY)
+    langevin.run(round(picoseconds * 1000 / STEP))
+    return {
+        "temperature_K": float(np.mean(temperatures[len(temperatures) // 2 :])),
+        "closest": float(min(closest)),
+        "stretch": float(max(stretch)),
+        "stable": bool(min(closest) > TOO_CLOSE and max(stretch) < TOO_FAR),
+    }
+
+
+def main() -> None:
+    """Train, run, append, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--ps", type=float, default=2.0, help="length of each trajectory")
+    parser.add_argument("--n", type=int, default=10, help="complexes")
+    given = parser.parse_args()
+    words = make_grown(given.work / "data")
+    words["@all"] = taught(given.work / "data", words["@rest"], "all", 0)
+    for arm in ARMS:
+        run = trained(given.work / "md" / arm, words, arm)
+        calculator = orbq.Calculator(run)
+        for name, atoms in held_out(run, words["@data"], given.n):
+            facts = {"arm": arm, "complex": name, "ps": given.ps}
+            facts |= dynamics(atoms, calculator, given.ps)
+            print(json.dumps(facts), flush=True)
+            with RESULTS.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
