@@ -9,7 +9,7 @@ second argument prints the tables and writes benchmarks/results/qm7_<STUDY>.json
 ``search`` to ``search3`` choose a network for energies alone, on split 0. Everything reported as a
 result is of split 1, whose test molecules took no part in them: ``networks`` chooses each arm's
 network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
-``targets`` (other targets and controls, of 400 molecules) and ``first_*`` (after pre-training on
+``targets`` (other targets and controls, of 400 molecules), ``weights`` and ``first_*`` (after pre-training on
 labels alone) train on other subsets.
 """
 
@@ -178,6 +178,17 @@ STUDIES["targets"] = {
     "onsite+xtb_energy": _own(400, "onsite+xtb_energy", "loss.weights.xtb_energy=1.0"),
     "invariant": _own(400, "orbital", "model.head=invariant"),
     "random": _own(400, "onsite", "data.dataset='@random'"),
+}
+# the weight of the on-site loss, in the network of that arm
+STUDIES["weights"] = {
+    "onsite-400": _own(
+        400,
+        "onsite",
+        "ablation.weights=[0.0, 0.5, 2.0, 8.0, 32.0, 128.0]",
+        "ablation.seeds=[2, 4]",
+        "ablation.subset_seeds=[2, 3]",
+        "ablation.baseline=true",
+    )
 }
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
