@@ -2,8 +2,8 @@
 
     python benchmarks/study_heads.py --work DIRECTORY [--seeds 0 1]
 
-Both heads train on GFN1-xTB orbital charges alone of the complexes without DFT (tmc_data.py), split
-by complex, with the same network, seed and batches. Told for kinds of atoms and shells: the error
+Both heads train on GFN1-xTB orbital charges alone of the complexes without DFT (tmc_data.py), each
+in a random frame, split by complex, with the same network, seed and batches. Told for kinds of atoms and shells: the error
 on the complexes of the test split, and R2, the explained share of the orbital charges' variance
 around the element's mean in each orbital. An invariant head must miss what turns with the frame.
 Appends to results/heads.jsonl; training goes on where it was stopped.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tmc_data import make_grown
+from tmc_data import make_turned
 
 import orbq
 from orbq.elements import METALS
@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     given = parser.parse_args()
-    dataset = make_grown(given.work / "data")["@rest"]
+    dataset = make_turned(given.work / "data")
     for seed in given.seeds:
         for head in ("equivariant", "invariant"):
-            run = trained(given.work / "heads" / f"{head}-{seed}", dataset, head, seed)
+            run = trained(given.work / "heads-turned" / f"{head}-{seed}", dataset, head, seed)
             with RESULTS.open("a", encoding="utf-8") as results:
                 for record in by_shell(run, dataset):
                     print(

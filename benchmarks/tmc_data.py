@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ase.io
 from ase import Atoms
+from scipy.spatial.transform import Rotation
 
 from orbq.config import load_config
 from orbq.fit import fit
@@ -43,12 +44,20 @@ TAUGHT = {
 def make_grown(place: Path) -> dict[str, str]:
     """Label all complexes with DFT (@data), and those without (@rest), less the complexes with."""
     known = [frame for path in GROWN for frame in _frames(path)]
-    groups = {frame.info["group"] for frame in known}
-    others = [frame for path in UNLABELLED for frame in _frames(path)]
-    rest = [frame for frame in others if frame.info["group"] not in groups]
     preprocess(known, place / "grown")
-    preprocess(rest, place / "grown-rest")
+    preprocess(_rest(known), place / "grown-rest")
     return {"@data": str(place / "grown"), "@rest": str(place / "grown-rest")}
+
+
+def make_turned(place: Path) -> str:
+    """Label the complexes without DFT, each in a random frame of its own: make_tmc.py builds all of
+    them along the same axes, where even an invariant head can tell one orbital from another."""
+    rest = _rest([frame for path in GROWN for frame in _frames(path)])
+    turns = Rotation.random(len(rest), random_state=0).as_matrix()
+    for frame, turn in zip(rest, turns, strict=True):
+        frame.positions = frame.positions @ turn.T
+    preprocess(rest, place / "grown-turned")
+    return str(place / "grown-turned")
 
 
 def taught(place: Path, rest: str, kind: str, seed: int) -> str:
@@ -58,6 +67,12 @@ def taught(place: Path, rest: str, kind: str, seed: int) -> str:
         own = (f"data.dataset='{rest}'", f"training.seed={seed}", f"run.directory='{directory}'")
         fit(load_config(CONFIG, [*PRETRAINING, *TAUGHT[kind], *own]))
     return str(directory)
+
+
+def _rest(known: list[Atoms]) -> list[Atoms]:
+    groups = {frame.info["group"] for frame in known}
+    others = [frame for path in UNLABELLED for frame in _frames(path)]
+    return [frame for frame in others if frame.info["group"] not in groups]
 
 
 def _frames(path: Path) -> list[Atoms]:
