@@ -3,10 +3,10 @@
     python benchmarks/study_heads.py --work DIRECTORY [--seeds 0 1]
 
 Both heads train on GFN1-xTB orbital charges alone of the complexes without DFT (tmc_data.py), each
-in a random frame, split by complex, with the same network, seed and batches. Told for kinds of atoms and shells: the error
-on the complexes of the test split, and R2, the explained share of the orbital charges' variance
-around the element's mean in each orbital. An invariant head must miss what turns with the frame.
-Appends to results/heads.jsonl; training goes on where it was stopped.
+in a random frame, split by complex, with the same network, seed and batches. Told for kinds of
+atoms and shells: the error on the complexes of the test split, and R2, the explained share of the
+orbital charges' variance around the element's mean in each orbital. An invariant head must miss
+what turns with the frame. Appends to results/heads.jsonl; training goes on where it was stopped.
 """
 
 from __future__ import annotations
