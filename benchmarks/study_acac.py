@@ -11,8 +11,8 @@ same configurations, the best step by the same 50 others; RMSE on the 650 test c
     forces-first    after GFN1 energies and forces of 2,400 further configurations, kept as targets
     gfn1-first      after GFN1 energies, forces and on-site charges of these
 
-Appends to results/acac_sizes.jsonl; training goes
-on where it was stopped, and what is recorded is not trained again.
+Appends to results/acac_sizes.jsonl; training goes on where it was stopped, and what is recorded is
+not trained again.
 """
 
 from __future__ import annotations
