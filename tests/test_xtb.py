@@ -189,10 +189,10 @@ def test_charge_collapse_is_caught_and_the_ladder_climbed(monkeypatch):
         moved[:, 0, 0] += [16.6, -8.3, -8.3]  # electrons from the hydrogens to the oxygen
         return raw._replace(blocks=moved)
 
-    def at_first(structure, method, settings, temperature, damping=None):
+    def at_first(structure, method, settings, temperature, damping=None, given=None):
         tried.append((temperature, damping))
         compute = collapsed if len(tried) < 3 else real
-        return compute(structure, method, settings, temperature, damping)
+        return compute(structure, method, settings, temperature, damping, given)
 
     monkeypatch.setattr(xtb, "singlepoint", at_first)
     assert xtb.label(s).note == "2000 K"

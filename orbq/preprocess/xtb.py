@@ -103,13 +103,15 @@ def label_many(
     raws: dict[int, Raw] = {}
     out: dict[int, Labels | LabelError] = {}
     failed: dict[int, LabelError] = {}
-    for i, structure in enumerate(structures):
+    for i, (structure, given) in enumerate(
+        zip(structures, _inputs(structures, method), strict=True)
+    ):
         begin(i)
-        if reason := _refusal(structure, method, settings):
+        if reason := _refusal(structure, given, method, settings):
             out[i] = LabelError(reason)
             continue
         try:
-            raws[i] = singlepoint(structure, method, settings, settings.temperature)
+            raws[i] = singlepoint(structure, method, settings, settings.temperature, None, given)
         except FAILURES as error:
             failed[i] = LabelError(_told(error))
     accepted = _accept([structures[i] for i in raws], list(raws.values()), method)
@@ -154,14 +156,51 @@ def _ladder(settings: Settings) -> Iterator[tuple[str, float, float | None]]:
     yield "mixer damping 0.8", settings.temperature, 0.8
 
 
-def _refusal(structure: Structure, method: str, settings: Settings) -> str | None:
+class _Input(NamedTuple):
+    """What a calculation is given. positions [n, 3]: Bohr, in tblite's frame. rows [n, 10]: of its
+    matrices, per atom and slot. n_valence: electrons of the neutral atoms."""
+
+    positions: np.ndarray
+    rows: np.ndarray
+    n_valence: float
+    n_unpaired: int
+    periodic: bool
+
+
+def _inputs(structures: Sequence[Structure], method: str) -> list[_Input]:
+    """The inputs of all structures, computed at once: one call for many small arrays."""
+    if not structures:
+        return []
+    tables = _tables(method)
+    numbers = np.concatenate([s.numbers for s in structures])
+    ends = np.cumsum([len(s.numbers) for s in structures])
+    starts = np.concatenate([[0], ends[:-1]])
+    positions = np.concatenate([s.positions for s in structures]).take(TO_TBLITE, axis=1)
+    positions /= units.BOHR
+    counts = tables.n_orbitals[numbers]
+    before = np.cumsum(counts) - counts  # orbitals of the atoms before, in all structures
+    before -= np.repeat(before[starts], ends - starts)
+    rows = tables.place[numbers] + before[:, None]
+    n_valence = np.add.reduceat(tables.valence[numbers], starts).tolist()
+    return [
+        _Input(
+            positions[start:stop],
+            rows[start:stop],
+            n_valence[i],
+            unpaired(structures[i], method),
+            bool(structures[i].pbc.any()),
+        )
+        for i, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+    ]
+
+
+def _refusal(structure: Structure, given: _Input, method: str, settings: Settings) -> str | None:
     """Why tblite must not be asked at all, if so."""
-    n_valence = orbitals.shells(method).valence[structure.numbers].sum()
-    if n_valence - structure.total_charge < -1e-9:  # would abort the process
+    if given.n_valence - structure.total_charge < -1e-9:  # would abort the process
         return f"charge {structure.total_charge:+d} above the valence electrons"
     if settings.spin_polarization and method == "IPEA1-xTB":
         return "IPEA1-xTB has no spin-polarised form"
-    if structure.pbc.any():
+    if given.periodic:
         height = float(heights(structure.cell).min())
         if height < settings.min_height:
             return (
@@ -177,17 +216,21 @@ def singlepoint(
     settings: Settings,
     temperature: float,
     damping: float | None = None,
+    given: _Input | None = None,
 ) -> Raw:
-    """One tblite calculation, its blocks and forces in the frame of the structure."""
-    periodic = bool(structure.pbc.any())
+    """One tblite calculation, its blocks and forces in the frame of the structure.
+
+    given: of ``structure``, where it is known already.
+    """
+    given = given or _inputs([structure], method)[0]
     calculator = tblite.Calculator(
         method,
         structure.numbers,
-        structure.positions.take(TO_TBLITE, axis=1) / units.BOHR,
+        given.positions,
         float(structure.total_charge),
-        unpaired(structure, method),
-        structure.cell[:, TO_TBLITE] / units.BOHR if periodic else None,
-        np.ones(3, bool) if periodic else None,
+        given.n_unpaired,
+        structure.cell[:, TO_TBLITE] / units.BOHR if given.periodic else None,
+        np.ones(3, bool) if given.periodic else None,
         logger=_silence,
     )
     if settings.spin_polarization:
@@ -205,7 +248,7 @@ def singlepoint(
     if density.ndim == 3:  # spin-up and spin-down
         density = density.sum(0)
     return Raw(
-        onsite_blocks(density, result.get("overlap-matrix"), structure.numbers, method),
+        onsite_blocks(density, result.get("overlap-matrix"), given.rows),
         float(result.get("energy")) * units.HARTREE,
         result.get("gradient").take(FROM_TBLITE, axis=1) * -units.HARTREE_PER_BOHR,
     )
@@ -251,16 +294,11 @@ def _tables(method: str) -> _Tables:
     )
 
 
-def onsite_blocks(
-    density: np.ndarray, overlap: np.ndarray, numbers: np.ndarray, method: str
-) -> np.ndarray:
+def onsite_blocks(density: np.ndarray, overlap: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """On-site blocks of PS, [n, 10, 10], in slot order, not symmetrised; absent slots hold rubbish.
 
-    density, overlap: [n_ao, n_ao] in tblite's orbital order.
+    density, overlap: [n_ao, n_ao] in tblite's orbital order. rows [n, 10]: of ``_Input``.
     """
-    tables = _tables(method)
-    counts = tables.n_orbitals[numbers]
-    rows = tables.place[numbers] + (np.cumsum(counts) - counts)[:, None]  # [n, 10]
     return density.take(rows, axis=0) @ overlap.take(rows, axis=0).transpose(0, 2, 1)
 
 
