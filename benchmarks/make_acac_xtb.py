@@ -57,14 +57,16 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 1000.0])
     parser.add_argument("--trajectories", type=int, default=4, help="at each temperature")
     parser.add_argument("--frames", type=int, default=200, help="of each trajectory")
+    parser.add_argument("--seed", type=int, default=0, help="others give other trajectories")
     given = parser.parse_args()
     starts = ase.io.read(given.source, ":")
     assert isinstance(starts, list)
     plan = [(t, i) for t in given.temperatures for i in range(given.trajectories)]
     chosen = np.random.default_rng(0).permutation(len(starts))
     found: list[Atoms] = []
-    for seed, (temperature, _) in enumerate(tqdm(plan, unit="trajectory")):
-        found += frames(starts[chosen[seed]], temperature, given.frames, seed)
+    first = given.seed * len(plan)
+    for seed, (temperature, _) in enumerate(tqdm(plan, unit="trajectory"), start=first):
+        found += frames(starts[chosen[seed % len(chosen)]], temperature, given.frames, seed)
     ase.io.write(given.out, found, format="extxyz")
 
 

@@ -172,6 +172,7 @@ class Training(Section):
     patience: CountOrZero = 0
     precision: Literal["float32", "float64"] = "float32"
     activations: Literal["full", "bfloat16"] = "full"
+    kernels: Literal["xla", "cuequivariance"] = "xla"
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     compilation_cache: bool = True
     log_gradients: bool = False

@@ -6,6 +6,7 @@ This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,7 @@ from orbq.cache import cache_directory
 from orbq.config import Config, check_against
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
+from orbq.models.fused import unavailable
 from orbq.models.potential import Architecture, Constants
 from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
@@ -110,7 +112,18 @@ def architecture_of(config: Config) -> Architecture:
         embed_spin=model.embed_spin,
         heads=tuple(heads),
         activations=config.training.activations,
+        kernels=_kernels(config),
     )
+
+
+def _kernels(config: Config) -> str:
+    """training.kernels, or "xla", which computes the same, where they are not available."""
+    wanted = config.training.kernels
+    if wanted != "xla" and (reason := unavailable()):
+        text = f"training.kernels = {wanted!r} is not available ({reason}): 'xla' computes the same"
+        warnings.warn(text, stacklevel=2)
+        return "xla"
+    return wanted
 
 
 def split_of(config: Config, dataset: Dataset) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from orbq import checkpoint
 from orbq.config import Config, config_from_json
 from orbq.errors import InputError, OrbqError
+from orbq.models.fused import unavailable
 from orbq.models.potential import (
     Architecture,
     Constants,
@@ -348,6 +349,8 @@ def _architecture(stored: Mapping[str, Any]) -> Architecture:
     fields = dict(stored)
     fields["radial_hidden"] = tuple(fields["radial_hidden"])
     fields["heads"] = tuple((name, kind) for name, kind in fields["heads"])
+    if unavailable():
+        fields["kernels"] = "xla"  # computes the same
     return Architecture(**fields)
 
 

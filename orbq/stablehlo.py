@@ -26,7 +26,7 @@ from jaxtyping import Array
 from orbq import __version__, standalone
 from orbq.annotate import charge_target
 from orbq.errors import InputError
-from orbq.models.potential import predict
+from orbq.models.potential import make_potential, predict
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.store import write_atomically
 from orbq.run import Run, load
@@ -105,6 +105,8 @@ def lowered(run: Run, target: str | None, platforms: Sequence[str]) -> jax.expor
 def _program(run: Run, target: str | None) -> Callable[..., tuple[Array, ...]]:
     targets = (target,) if target else ()
     params = jax.tree.map(lambda p: jnp.asarray(p, _precision(run)), run.params)
+    architecture = run.potential.architecture._replace(kernels="xla")  # for any platform
+    potential = make_potential(architecture, run.potential.constants)
 
     def program(
         positions: Array,
@@ -128,7 +130,7 @@ def _program(run: Run, target: str | None) -> Callable[..., tuple[Array, ...]]:
                 "mask": jnp.ones(1, bool),
             },
         )
-        out = predict(run.potential, params, positions, graph, targets)
+        out = predict(potential, params, positions, graph, targets)
         if target is None:
             return out.energy[0], out.forces
         weights = jnp.asarray(TARGETS[target].charge, positions.dtype)

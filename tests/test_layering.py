@@ -65,11 +65,20 @@ LAYERS = {
     ),
     "models": Layer(
         modules=("orbq.models", "orbq.models."),
-        packages=frozenset({"numpy", "jax", "flax", "e3nn_jax", "jraph", "jaxtyping"}),
+        packages=frozenset(
+            {"numpy", "jax", "flax", "e3nn_jax", "jraph", "jaxtyping"}
+            | {"cuequivariance", "cuequivariance_jax"}
+        ),
         own=(*CONTRACT, "orbq.models", "orbq.models."),
-        only_in={},
+        only_in={
+            "cuequivariance": ("orbq.models.fused",),
+            "cuequivariance_jax": ("orbq.models.fused",),
+        },
         io=False,
-        absent=frozenset({"tblite", "ase", "matscipy", "orbax", "orbq.preprocess", "typer"}),
+        absent=frozenset(
+            {"tblite", "ase", "matscipy", "orbax", "orbq.preprocess", "typer"}
+            | {"cuequivariance", "cuequivariance_jax"}
+        ),
     ),
     "training": Layer(
         modules=tuple(f"orbq.{name}" for name in ("losses", "metrics", "train", "ablate")),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from orbq.elements import COVALENT_RADIUS, descriptors
+from orbq.models.fused import summed_messages
 from orbq.models.initial import dense, fan_in, normal
 from orbq.models.radial import bessel_basis, bond_basis, polynomial_cutoff, safe_norm
 from orbq.models.tensor_product import edge_tensor_product, paths
@@ -21,6 +22,7 @@ from orbq.models.tensor_product import edge_tensor_product, paths
 MODULATION = 0.1  # variance of what modulates by a factor 1 + x
 SPECIES = ("shells", "free")
 ACTIVATIONS = ("full", "bfloat16")
+KERNELS = ("xla", "cuequivariance")
 
 
 class Geometry(NamedTuple):
@@ -46,7 +48,8 @@ class Settings(NamedTuple):
     layers of a backbone that builds its degrees in each layer anew. n_radial: basis functions;
     radial_hidden: widths of the radial network. avg_num_neighbors: mean neighbours within the
     cutoff, the scale of messages. activations: type of the layers' features and matrix products,
-    one of ACTIVATIONS ("full": that of the positions).
+    one of ACTIVATIONS ("full": that of the positions). kernels: what computes messages, one of
+    KERNELS.
     """
 
     elements: tuple[int, ...]
@@ -60,6 +63,7 @@ class Settings(NamedTuple):
     radial_hidden: tuple[int, ...] = (32,)
     avg_num_neighbors: float = 10.0
     activations: str = "full"
+    kernels: str = "xla"
 
 
 class Features(NamedTuple):
@@ -173,13 +177,17 @@ class Interaction(nn.Module):
         table = paths(round(rows**0.5) - 1, self.settings.lmax, degrees)
         weights = RadialWeights(len(table), channels, self.settings.radial_hidden)(geometry)
         harmonics = geometry.harmonics
-        messages = edge_tensor_product(features[geometry.senders], harmonics, weights, table)
         neighbors = self.settings.avg_num_neighbors
         scale = [(sum(p.l3 == l for p in table) * neighbors) ** -0.5 for l in degrees]
         factor = jnp.array([scale[l] for l in degrees for _ in range(2 * l + 1)])
-        wide = messages.astype(jnp.promote_types(messages.dtype, jnp.float32))
-        summed = jax.ops.segment_sum(wide, geometry.receivers, n, indices_are_sorted=True)
-        return (summed * factor.astype(wide.dtype)[:, None]).astype(features.dtype)
+        senders, receivers = geometry.senders, geometry.receivers
+        if self.settings.kernels == "cuequivariance":
+            summed = summed_messages(features, harmonics, weights, senders, receivers, table)
+        else:
+            messages = edge_tensor_product(features[senders], harmonics, weights, table)
+            wide = messages.astype(jnp.promote_types(messages.dtype, jnp.float32))
+            summed = jax.ops.segment_sum(wide, receivers, n, indices_are_sorted=True)
+        return (summed * factor.astype(summed.dtype)[:, None]).astype(features.dtype)
 
 
 def environment(

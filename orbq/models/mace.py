@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from orbq.models.fused import product
 from orbq.models.initial import dense, normal
 from orbq.models.layers import (
     MODULATION,
@@ -154,6 +155,7 @@ class ProductBasis(nn.Module):
     """Weighted products of up to three features of an atom, channel by channel."""
 
     lmax_out: int
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(
@@ -163,13 +165,18 @@ class ProductBasis(nn.Module):
         dtype = features.dtype
         table = products(round(rows**0.5) - 1, self.lmax_out)
         one = jnp.ones((n, 1, channels), dtype)
-        pairs = form(features, features, one, table.pairs, table.n_pairs)
+        pairs = self._form(features, features, one, table.pairs, table.n_pairs)
         shape = (len(table.scale), channels)
         common = self.param("weights", normal(1.0), shape).astype(dtype)
         own = dense(shape[0] * shape[1], "species", dtype, MODULATION, bias=False)(attributes)
         weights = (common + own.reshape(n, *shape)) * jnp.asarray(table.scale, dtype)[:, None]
         first = jnp.concatenate([one, features, pairs], axis=1)
-        return form(first, features, weights, table.terms, (self.lmax_out + 1) ** 2)
+        return self._form(first, features, weights, table.terms, (self.lmax_out + 1) ** 2)
+
+    def _form(self, x: Array, y: Array, w: Array, table: tuple[Term, ...], n_out: int) -> Array:
+        if self.kernels == "cuequivariance":
+            return product(x, y, w, table)
+        return form(x, y, w, table, n_out)
 
 
 class Layer(nn.Module):
@@ -186,7 +193,9 @@ class Layer(nn.Module):
         sent = DegreeLinear(channels, name="up")(features)
         summed = Interaction(self.settings.lmax, self.settings)(sent, geometry)
         a = DegreeLinear(channels, name="mix")(summed)
-        out = ProductBasis(self.lmax_out, name="products")(a, geometry.attributes)
+        out = ProductBasis(self.lmax_out, self.settings.kernels, name="products")(
+            a, geometry.attributes
+        )
         out = DegreeLinear(channels, name="down")(out)
         kept = features[:, : (self.lmax_out + 1) ** 2]
         species = dense(channels, "species", dtype, MODULATION, bias=False)(geometry.attributes)

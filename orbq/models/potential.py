@@ -58,7 +58,8 @@ class Architecture(NamedTuple):
     species: what the network knows of the elements, layers.SPECIES. heads: target ->
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
     share one second energy readout). activations: type of the layers' features, layers.ACTIVATIONS;
-    geometry, readouts, heads and sums keep the positions' type.
+    geometry, readouts, heads and sums keep the positions' type. kernels: what computes messages,
+    layers.KERNELS; the parameters are the same.
     """
 
     backbone: str = "nequip"
@@ -75,6 +76,7 @@ class Architecture(NamedTuple):
     embed_spin: bool = True
     heads: tuple[tuple[str, str], ...] = ()
     activations: str = "full"
+    kernels: str = "xla"
 
 
 class Potential(NamedTuple):
@@ -143,6 +145,7 @@ class _Network(nn.Module):
                 radial_hidden=arch.radial_hidden,
                 avg_num_neighbors=const.avg_num_neighbors,
                 activations=arch.activations,
+                kernels=arch.kernels,
             ),
             name="backbone",
         )(vectors, species, graph.senders, graph.receivers, state[structure])

@@ -234,7 +234,8 @@ form_p.def_abstract_eval(_abstract)
 ad.defjvp(form_p, *(_jvp_rule(n) for n in range(3)))
 ad.primitive_transposes[form_p] = _transpose
 batching.primitive_batchers[form_p] = _batch
-mlir.register_lowering(form_p, mlir.lower_fun(_called, multiple_results=False))
+mlir.register_lowering(form_p, mlir.lower_fun(_jitted, multiple_results=False))
+mlir.register_lowering(form_p, mlir.lower_fun(_called, multiple_results=False), platform="cpu")
 
 
 def edge_tensor_product(

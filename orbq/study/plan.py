@@ -156,8 +156,10 @@ def settings_of(program: Program, run: RunSpec, pretraining: bool) -> dict[str, 
 
 def fingerprint(config: Config) -> str:
     """Of all that decides what an ablation computes; the directory does not."""
-    left_out: Any = {"run": True}
-    if not config.training.initial:  # as before there was this key
-        left_out["training"] = {"initial"}
+    training = config.training
+    # keys that came later: where they say nothing new, what was begun before is the same
+    later = {"initial": training.initial == "", "kernels": training.kernels == "xla"}
+    unused = {name for name, default in later.items() if default}
+    left_out: Any = {"run": True, "training": unused}
     document = config.model_dump_json(exclude=left_out)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
