@@ -66,6 +66,11 @@ PRETRAINING = (
 )
 TAUGHT = {
     "both": ("loss.weights.onsite=20", "loss.weights.xtb_energy=1"),
+    "forces": (
+        "loss.weights.onsite=20",
+        "loss.weights.xtb_energy=1",
+        "loss.weights.xtb_forces=1",
+    ),
     "charges": ("loss.weights.onsite=20",),
     "energies": ("loss.weights.xtb_energy=1",),
 }

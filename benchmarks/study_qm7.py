@@ -119,7 +119,7 @@ CHOSEN = {
     "energy-only": {100: ("near", 5e-3), 400: ("near", 5e-3)},
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
-PRETRAINED = {"both": 2, "charges": 1, "energies": 1}  # networks taught by labels alone
+PRETRAINED = {"both": 2, "forces": 2, "charges": 1, "energies": 1}  # networks taught by labels alone
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -190,11 +190,13 @@ STUDIES["weights"] = {
         "ablation.baseline=true",
     )
 }
+FINE["forces"] = FINE["both"]
+_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3]}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
-        for replicate in ((0, 1, 2, 3) if _kind == "both" else (0, 2))
-        for n in (SIZES[:4] if _kind == "both" else (100, 400))
+        for replicate in (range(4) if PRETRAINED[_kind] == 2 else (0, 2))
+        for n in _SIZES_FIRST.get(_kind, (100, 400))
     }
 
 
