@@ -26,13 +26,14 @@ from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
 KCAL = 43.364  # meV in a kcal/mol
-STUDIES = ("curves", "first_both", "first_charges", "first_energies", "targets")
+STUDIES = ("curves", "first_both", "first_forces", "first_charges", "first_energies", "targets")
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
     "invariant": "orbital, invariant head",
     "random": "onsite, a target without information",
     "both": "GFN1 charges and energies first",
+    "forces": "GFN1 charges, energies and forces first",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
 }
