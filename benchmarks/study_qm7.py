@@ -119,7 +119,7 @@ CHOSEN = {
     "energy-only": {100: ("near", 5e-3), 400: ("near", 5e-3)},
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
-PRETRAINED = {"both": 2, "forces": 2, "charges": 1, "energies": 1}  # networks taught by labels alone
+PRETRAINED = {"both": 2, "forces": 2, "charges": 1, "energies": 1}  # networks taught by labels
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 

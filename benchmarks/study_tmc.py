@@ -112,7 +112,7 @@ def _splits(kind: str) -> dict[str, tuple[str, ...]]:
 _BOTH = ("ablation.targets=['onsite']", "ablation.weights=[0.0, 1.0]")
 STUDIES["grown"] = {f"own-{s}": (*_split(s), *_OWN, *_BOTH) for s in GROWN_SPLITS} | _splits("all")
 STUDIES["grown_control"] = _splits("forces")
-# as many structures with DFT in each batch, and as many without it beside them: nothing is forgotten
+# as many structures with DFT in each batch, and as many without beside them, against forgetting
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=16")
 STUDIES["grown_kept"] = {
     name.replace("first", "kept"): (*changes, *_KEPT) for name, changes in _splits("all").items()
