@@ -26,7 +26,15 @@ from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
 KCAL = 43.364  # meV in a kcal/mol
-STUDIES = ("curves", "first_both", "first_forces", "first_charges", "first_energies", "targets")
+STUDIES = (
+    "curves",
+    "first_both",
+    "first_forces",
+    "first_longer",
+    "first_charges",
+    "first_energies",
+    "targets",
+)
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
@@ -34,6 +42,7 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "random": "onsite, a target without information",
     "both": "GFN1 charges and energies first",
     "forces": "GFN1 charges, energies and forces first",
+    "longer": "GFN1 charges and energies first, for twice as long",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
 }

@@ -71,6 +71,11 @@ TAUGHT = {
         "loss.weights.xtb_energy=1",
         "loss.weights.xtb_forces=1",
     ),
+    "longer": (
+        "loss.weights.onsite=20",
+        "loss.weights.xtb_energy=1",
+        "training.n_steps=80000",
+    ),
     "charges": ("loss.weights.onsite=20",),
     "energies": ("loss.weights.xtb_energy=1",),
 }

@@ -119,7 +119,8 @@ CHOSEN = {
     "energy-only": {100: ("near", 5e-3), 400: ("near", 5e-3)},
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
-PRETRAINED = {"both": 2, "forces": 2, "charges": 1, "energies": 1}  # networks taught by labels
+# networks taught by labels
+PRETRAINED = {"both": 2, "forces": 2, "longer": 1, "charges": 1, "energies": 1}
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -190,8 +191,8 @@ STUDIES["weights"] = {
         "ablation.baseline=true",
     )
 }
-FINE["forces"] = FINE["both"]
-_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3]}
+FINE["forces"] = FINE["longer"] = FINE["both"]
+_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3]}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
