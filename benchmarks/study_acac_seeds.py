@@ -86,18 +86,14 @@ def configuration(given: argparse.Namespace) -> Config:
 
 def keep(training: Training, config: Config, place: Path, n: int) -> None:
     """The run directory of the n-th seed, for `orbq.load`."""
-    data, potential = (
-        training.data,
-        make_potential(training.data.architecture, training.data.constants),
-    )
+    data = training.data
+    potential = make_potential(data.architecture, data.constants)
     place.mkdir(parents=True, exist_ok=True)
     facts = records.facts_of(place, data, potential, make_packer(data, data.pools["train"], config))
     records.describe(place, config, data, facts)
     params = jax.tree.map(lambda x: np.asarray(x[n]), training.selection.params)
-    meta = {
-        "step": int(training.selection.step[n]),
-        "criterion": float(training.selection.error[n]),
-    }
+    step, error = (x[n].item() for x in (training.selection.step, training.selection.error))
+    meta = {"step": step, "criterion": error}
     checkpoint.save(place / CHECKPOINTS / checkpoint.BEST, {"params": params}, meta)
 
 
@@ -130,6 +126,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that lines are appended to")
     parser.add_argument("override", nargs="*", help="changes of configs/acac.toml: model.lmax=3")
     given = parser.parse_args()
+    if "gfn1-first" in given.arms and (given.seconds or len(given.arms) > 1):
+        parser.error("gfn1-first goes alone, and by --steps: its first stage has steps of its own")
     config = configuration(given)
     configure_jax(config)
     data = prepare(config)
