@@ -358,6 +358,10 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(json.loads(given.one), plan)), flush=True)
         return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes need the memory
+    if jax.default_backend() == "cpu" and not given.tiny:
+        print("no accelerator: install orbq[cuda] or orbq[tpu], or try it with --tiny")
+        return
     where = {"tiny": given.tiny, **circumstances(), "versions": versions()}
     with tempfile.TemporaryDirectory() as scratch:
         jobs = jobs_of(given.settings, given.libraries, plan, scratch)
