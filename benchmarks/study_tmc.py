@@ -114,8 +114,22 @@ STUDIES["grown"] = {f"own-{s}": (*_split(s), *_OWN, *_BOTH) for s in GROWN_SPLIT
 STUDIES["grown_control"] = _splits("forces")
 # as many structures with DFT in each batch, and as many without beside them, against forgetting
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=16")
-STUDIES["grown_kept"] = {
-    name.replace("first", "kept"): (*changes, *_KEPT) for name, changes in _splits("all").items()
+for _kind, _study in (("all", "grown_kept"), ("forces", "grown_kept_control")):
+    STUDIES[_study] = {
+        name.replace("first", "kept"): (*changes, *_KEPT)
+        for name, changes in _splits(_kind).items()
+    }
+# whether energies and forces alone want more steps
+STUDIES["grown_long"] = {
+    f"long-{s}": (
+        f"data.split_seed={s}",
+        "ablation.seeds=[0]",
+        *_OWN,
+        "ablation.targets=['onsite']",
+        "ablation.weights=[0.0]",
+        "training.n_steps=12000",
+    )
+    for s in GROWN_SPLITS
 }
 
 
@@ -123,7 +137,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the sets and teach the networks that a study begins from, once."""
     if study.startswith("grown"):
         words = make_grown(place)
-        kind = "forces" if study == "grown_control" else "all"
+        kind = "forces" if study.endswith("control") else "all"
         return words | {
             f"@{kind}{seed}": taught(place, words["@rest"], kind, seed) for seed in (0, 1)
         }
