@@ -1,0 +1,119 @@
+"""Metal complexes, with DFT and without: the table of study_tmc.py's `grown` studies and a picture.
+
+    python benchmarks/plot_tmc.py
+
+Reads results/tmc_grown*.jsonl. Each arm is held against training on energies and forces alone, on
+the same split and with the same seed: the geometric mean over seeds, then Student's 95 % interval
+of the log ratios over splits. Writes results/tmc_grown.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from orbq.plots import COLOURS, MARKERS, new_figure, save
+
+RESULTS = Path(__file__).parent / "results"
+LEVEL = 0.95
+BASELINE = "energies and forces"
+ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
+    "energy-only": BASELINE,
+    "long": f"{BASELINE}, 12,000 steps",
+    "onsite": "and `onsite` of the same complexes",
+    "first_forces": "GFN1 energies and forces first",
+    "first_all": "GFN1 charges, energies and forces first",
+    "kept_forces": "GFN1 energies and forces first, and kept in each batch",
+    "kept_all": "GFN1 charges, energies and forces first, and kept in each batch",
+}
+PAIRS = (("first_all", "first_forces"), ("kept_all", "kept_forces"), ("kept_all", "first_all"))
+LABELS = {"energy_mae_meV": "energies", "forces_mae_meV_per_A": "forces"}
+Errors = dict[tuple[int, int], float]  # by (split, seed)
+
+
+def read(metric: str) -> dict[str, Errors]:
+    """Test errors of every arm that has been trained."""
+    found: dict[str, Errors] = defaultdict(dict)
+    for path in sorted(RESULTS.glob("tmc_grown*.jsonl")):
+        if path.stem == "tmc_grown_rates":
+            continue
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            kind, split = record["ablation"].split("-")[:2]
+            arm = record["arm"] if kind == "own" else kind
+            found[arm][int(split), record["seed"]] = record["test"][metric]
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def change(arm: Errors, base: Errors) -> tuple[np.ndarray, int, int]:
+    """Relative change (value, low, high), and how many splits and runs it is from."""
+    shared = sorted(set(arm) & set(base))
+    splits = sorted({split for split, _ in shared})
+    ratios = np.array(
+        [np.mean([np.log(arm[k] / base[k]) for k in shared if k[0] == s]) for s in splits]
+    )
+    n = len(ratios)
+    width = student.ppf((1 + LEVEL) / 2, n - 1) * ratios.std(ddof=1) / n**0.5 if n > 1 else np.inf
+    return np.exp(ratios.mean() + np.array([0.0, -width, width])) - 1, n, len(shared)
+
+
+def told(found: np.ndarray) -> str:
+    """-22 % (-36 to -6)"""
+    return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * found))
+
+
+def main() -> None:
+    """Print the table and what one arm brings beside another; draw the picture."""
+    tables = {metric: read(metric) for metric in LABELS}
+    energies = tables["energy_mae_meV"]
+    print("| arm | runs | energy MAE, meV | change | forces MAE, meV/Å | change |")
+    print("|---|---|---|---|---|---|")
+    for arm in energies:
+        cells = []
+        for table in tables.values():
+            cells.append(f"{np.mean(list(table[arm].values())):.0f}")
+            paired = arm != "energy-only"
+            cells.append(told(change(table[arm], table["energy-only"])[0]) if paired else "")
+        print(f"| {ARMS[arm]} | {len(energies[arm])} | " + " | ".join(cells) + " |")
+    for arm, base in PAIRS:
+        if arm in energies and base in energies:
+            both = [
+                f"{n} {told(change(tables[m][arm], tables[m][base])[0])}" for m, n in LABELS.items()
+            ]
+            print(f"{arm} against {base}: {', '.join(both)}")
+    draw(tables, RESULTS / "tmc_grown.png")
+
+
+def draw(tables: dict[str, dict[str, Errors]], path: Path) -> Path:
+    """Changes of every arm, one below the other, with their intervals."""
+    figure, (axis,) = new_figure(1, (7.2, 3.2), 1)
+    arms = [arm for arm in tables["energy_mae_meV"] if arm != "energy-only"]
+    for i, (metric, name) in enumerate(LABELS.items()):
+        for row, arm in enumerate(arms):
+            table = tables[metric]
+            value, low, high = 100 * change(table[arm], table["energy-only"])[0]
+            axis.errorbar(
+                [value],
+                [row + 0.24 * (i - 0.5)],
+                xerr=[[value - low], [high - value]],
+                color=COLOURS[i],
+                marker=MARKERS[i],
+                capsize=2,
+                label=name if row == 0 else None,
+            )
+    axis.axvline(0.0, color="0.6", linewidth=0.8)
+    axis.set_yticks(
+        range(len(arms)), [ARMS[arm].replace("`", "") for arm in arms], fontsize="small"
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel("change of the test MAE against energies and forces alone (%)")
+    axis.legend(frameon=False, fontsize="small", loc="lower right")
+    return save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
