@@ -111,7 +111,7 @@ def draw(tables: dict[str, dict[str, Errors]], path: Path) -> Path:
     )
     axis.invert_yaxis()
     axis.set_xlabel("change of the test MAE against energies and forces alone (%)")
-    axis.legend(frameon=False, fontsize="small", loc="lower right")
+    axis.legend(frameon=False, fontsize="small", ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return save(figure, path)
 
 
