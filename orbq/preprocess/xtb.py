@@ -167,14 +167,19 @@ class _Input(NamedTuple):
     periodic: bool
 
 
+def _joined(structures: Sequence[Structure]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Atomic numbers of all atoms, and where each structure's begin and end."""
+    numbers = np.concatenate([s.numbers for s in structures])
+    ends = np.cumsum([len(s.numbers) for s in structures])
+    return numbers, np.concatenate([[0], ends[:-1]]), ends
+
+
 def _inputs(structures: Sequence[Structure], method: str) -> list[_Input]:
     """The inputs of all structures, computed at once: one call for many small arrays."""
     if not structures:
         return []
     tables = _tables(method)
-    numbers = np.concatenate([s.numbers for s in structures])
-    ends = np.cumsum([len(s.numbers) for s in structures])
-    starts = np.concatenate([[0], ends[:-1]])
+    numbers, starts, ends = _joined(structures)
     positions = np.concatenate([s.positions for s in structures]).take(TO_TBLITE, axis=1)
     positions /= units.BOHR
     counts = tables.n_orbitals[numbers]
@@ -309,9 +314,7 @@ def _accept(
     if not structures:
         return []
     tables = _tables(method)
-    numbers = np.concatenate([s.numbers for s in structures])
-    ends = np.cumsum([len(s.numbers) for s in structures])
-    starts = np.concatenate([[0], ends[:-1]])
+    numbers, starts, ends = _joined(structures)
     blocks = np.concatenate([raw.blocks for raw in raws])
     blocks = 0.5 * (blocks + blocks.transpose(0, 2, 1)) * tables.present[numbers]
     # one product per atom: a product of all rounds differently with their number
