@@ -120,7 +120,7 @@ CHOSEN = {
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
 # networks taught by labels
-PRETRAINED = {"both": 2, "forces": 2, "longer": 1, "charges": 1, "energies": 1}
+PRETRAINED = {"both": 2, "forces": 2, "longer": 2, "charges": 1, "energies": 1}
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -166,7 +166,7 @@ FINE = {
         "ablation.weights=[1.0]",
     ),
 }
-SIZES = (100, 200, 400, 800, 1600)
+SIZES = (100, 200, 400, 800, 1600, 4000)
 
 STUDIES["curves"] = {
     **{f"base-{n}": (*_chosen("energy-only", n), "ablation.weights=[0.0]") for n in SIZES},

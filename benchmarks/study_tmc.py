@@ -119,15 +119,27 @@ for _kind, _study in (("all", "grown_kept"), ("forces", "grown_kept_control")):
         name.replace("first", "kept"): (*changes, *_KEPT)
         for name, changes in _splits(_kind).items()
     }
-# whether energies and forces alone want more steps
+# whether energies and forces want more steps, alone and with charges
+_LONG = "training.n_steps=12000"
 STUDIES["grown_long"] = {
-    f"long-{s}": (
-        f"data.split_seed={s}",
-        "ablation.seeds=[0]",
+    f"{name}-{s}": (f"data.split_seed={s}", "ablation.seeds=[0]", *_OWN, *arm, _LONG)
+    for name, arm in (
+        ("long", ("ablation.targets=['onsite']", "ablation.weights=[0.0]")),
+        (
+            "onsite",
+            ("ablation.baseline=false", "ablation.targets=['onsite']", "ablation.weights=[1.0]"),
+        ),
+    )
+    for s in GROWN_SPLITS
+}
+# charges of the reference method against GFN1's, from one an atom to the whole block
+STUDIES["grown_dft"] = {
+    f"dft-{s}": (
+        *_split(s),
         *_OWN,
-        "ablation.targets=['onsite']",
-        "ablation.weights=[0.0]",
-        "training.n_steps=12000",
+        "ablation.baseline=false",
+        "ablation.targets=['dft', 'atomic', 'orbital']",
+        "ablation.weights=[1.0]",
     )
     for s in GROWN_SPLITS
 }
