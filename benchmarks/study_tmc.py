@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from study import main
-from tmc_data import make_grown, taught
+from tmc_data import TAUGHT, WIDE, make_grown, make_hot, taught
 
 from orbq.data import open_dataset
 
@@ -74,7 +74,7 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 # the grown set: 1,166 structures of 554 groups; splits 11 to 14 report, 10 chooses the rates
-FIRST = {"all": "onsite+xtb_energy+xtb_forces", "forces": "xtb_energy+xtb_forces"}
+FIRST = {"forces": "xtb_energy+xtb_forces"}
 
 
 def _first(kind: str, replicate: int, rates: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def _first(kind: str, replicate: int, rates: str) -> tuple[str, ...]:
         *_OWN,
         "ablation.baseline=false",
         f"ablation.seeds=[{replicate}]",
-        f"ablation.targets=['{FIRST[kind]}']",
+        f"ablation.targets=['{FIRST.get(kind, 'onsite+xtb_energy+xtb_forces')}']",
         "ablation.weights=[1.0]",
         "loss.weights.xtb_energy=1.0",
         "loss.weights.xtb_forces=1.0",
@@ -132,6 +132,23 @@ STUDIES["grown_long"] = {
     )
     for s in GROWN_SPLITS
 }
+# distorted complexes among those without DFT; a larger network, taught for longer; and its baseline
+for _kind, _changes in (("hot", ("data.unlabelled=['@hot']",)), ("wide", WIDE)):
+    STUDIES[f"grown_{_kind}"] = {
+        name.replace("first", "kept"): (*changes, *_KEPT, *_changes)
+        for name, changes in _splits(_kind).items()
+    }
+STUDIES["grown_wide"] |= {
+    f"own-{s}": (
+        *trial[:1],
+        "ablation.seeds=[0]",
+        *_OWN,
+        *_BOTH[:1],
+        "ablation.weights=[0.0]",
+        *WIDE,
+    )
+    for s, trial in ((s, _split(s)) for s in GROWN_SPLITS)
+}
 # charges of the reference method against GFN1's, from one an atom to the whole block
 STUDIES["grown_dft"] = {
     f"dft-{s}": (
@@ -149,10 +166,12 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the sets and teach the networks that a study begins from, once."""
     if study.startswith("grown"):
         words = make_grown(place)
-        kind = "forces" if study.endswith("control") else "all"
-        return words | {
-            f"@{kind}{seed}": taught(place, words["@rest"], kind, seed) for seed in (0, 1)
-        }
+        kind = study.split("_")[-1]
+        if kind == "hot":
+            words["@hot"] = make_hot(place)
+        kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")
+        rest = words.get(f"@{kind}", words["@rest"])
+        return words | {f"@{kind}{seed}": taught(place, rest, kind, seed) for seed in (0, 1)}
     for name in ("tmc", "tmc_unlabelled"):
         open_dataset(name)
     return {"@data": "tmc"}

@@ -7,7 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import ase.io
+import numpy as np
 from ase import Atoms
+from ase.data import covalent_radii
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
 from orbq.config import load_config
@@ -15,6 +18,7 @@ from orbq.fit import fit
 from orbq.preprocess.label import preprocess
 
 HERE = Path(__file__).parent
+METALS = (*range(21, 31), *range(39, 49), 57, *range(72, 81))  # Sc-Zn, Y-Cd, La, Hf-Hg
 EMBEDDED = HERE.parent / "orbq" / "data"
 CONFIG = EMBEDDED / "demo.toml"
 # make_tmc.py --seed 3000 with DFT, and --seed 4000 --per-metal 200 --structures-only
@@ -39,6 +43,9 @@ TAUGHT = {
     "all": ("loss.weights.onsite=1", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
     "forces": ("loss.weights.onsite=0", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
 }
+WIDE = ("model.n_layers=3", "model.n_channels=64")
+TAUGHT["hot"] = TAUGHT["all"]
+TAUGHT["wide"] = (*TAUGHT["all"], *WIDE, "training.n_steps=40000")
 
 
 def make_grown(place: Path) -> dict[str, str]:
@@ -47,6 +54,37 @@ def make_grown(place: Path) -> dict[str, str]:
     preprocess(known, place / "grown")
     preprocess(_rest(known), place / "grown-rest")
     return {"@data": str(place / "grown"), "@rest": str(place / "grown-rest")}
+
+
+def make_hot(place: Path) -> str:
+    """Label the complexes without DFT as they are, rattled, and with one ligand drawn away or
+    pushed in: what dynamics meet and relaxed structures do not tell."""
+    rest = _rest([frame for path in GROWN for frame in _frames(path)])
+    rng = np.random.default_rng(0)
+    preprocess(rest + [distorted(f, rng, d) for f in rest for d in (0.0, 1.0)], place / "grown-hot")
+    return str(place / "grown-hot")
+
+
+def distorted(frame: Atoms, rng: np.random.Generator, reach: float) -> Atoms:
+    """Every atom moved by 0.05 Å (normal, each component), and one ligand along its bond to the
+    metal by up to ``reach`` Å, or inwards by up to a fifth of it."""
+    frame = frame.copy()
+    frame.calc = None
+    distances = frame.get_all_distances()
+    radii = covalent_radii[frame.numbers]
+    bonded = distances < 1.25 * (radii[:, None] + radii)
+    metal = int(np.argmax(np.where(np.isin(frame.numbers, METALS), frame.numbers, 0)))
+    if reach and frame.numbers[metal] in METALS and len(frame) > 1:
+        bonded[metal] = bonded[:, metal] = False
+        ligands = connected_components(bonded)[1]
+        others = np.delete(np.arange(len(frame)), metal)
+        ligand = np.flatnonzero(ligands == ligands[rng.choice(others)])
+        nearest = ligand[np.argmin(distances[metal, ligand])]
+        along = frame.positions[nearest] - frame.positions[metal]
+        step = rng.uniform(-reach / 5, reach)
+        frame.positions[ligand] += step * along / np.linalg.norm(along)
+    frame.positions += rng.normal(0.0, 0.05, frame.positions.shape)
+    return frame
 
 
 def make_turned(place: Path) -> str:
