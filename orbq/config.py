@@ -116,6 +116,7 @@ class Model(Section):
     lmax: Annotated[int, Field(ge=0, le=3)] = 2
     lmax_hidden: Annotated[int, Field(ge=0, le=3)] = 1
     n_radial: Annotated[int, Field(ge=1, le=256)] = 8
+    radial_damping: Annotated[float, Field(ge=0, le=4)] = 0.0
     radial_hidden: Widths = (32,)
     readout_hidden: Annotated[int, Field(ge=1, le=4096)] = 16
     avg_num_neighbors: NonNegative = 0.0

@@ -106,6 +106,7 @@ def architecture_of(config: Config) -> Architecture:
         lmax=model.lmax,
         lmax_hidden=model.lmax_hidden,
         n_radial=model.n_radial,
+        radial_damping=model.radial_damping,
         radial_hidden=model.radial_hidden,
         readout_hidden=model.readout_hidden,
         embed_charge=model.embed_charge,

@@ -46,7 +46,8 @@ class Settings(NamedTuple):
     elements: atomic numbers, ascending. species: what is known of them, one of SPECIES. cutoff: Å.
     lmax: highest degree of features and harmonics; lmax_hidden: of the node features between the
     layers of a backbone that builds its degrees in each layer anew. n_radial: basis functions;
-    radial_hidden: widths of the radial network. avg_num_neighbors: mean neighbours within the
+    radial_damping: the n-th of them is divided by n to this power; radial_hidden: widths of the
+    radial network. avg_num_neighbors: mean neighbours within the
     cutoff, the scale of messages. activations: type of the layers' features and matrix products,
     one of ACTIVATIONS ("full": that of the positions). kernels: what computes messages, one of
     KERNELS.
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
     lmax: int = 2
     lmax_hidden: int = 1
     n_radial: int = 8
+    radial_damping: float = 0.0
     radial_hidden: tuple[int, ...] = (32,)
     avg_num_neighbors: float = 10.0
     activations: str = "full"
@@ -214,7 +216,7 @@ def environment(
         range(settings.lmax + 1), e3nn.IrrepsArray("1o", unit), normalize=False
     ).array
     envelope = polynomial_cutoff(distance, settings.cutoff)
-    radial = bessel_basis(distance, settings.cutoff, settings.n_radial)
+    radial = bessel_basis(distance, settings.cutoff, settings.n_radial, settings.radial_damping)
     if settings.species == "shells":
         radius = jnp.asarray(COVALENT_RADIUS[list(elements)], full)[species]
         bonds = bond_basis(distance, radius[senders] + radius[receivers])

@@ -70,6 +70,7 @@ class Architecture(NamedTuple):
     lmax: int = 2
     lmax_hidden: int = 1
     n_radial: int = 8
+    radial_damping: float = 0.0
     radial_hidden: tuple[int, ...] = (32,)
     readout_hidden: int = 16
     embed_charge: bool = True
@@ -142,6 +143,7 @@ class _Network(nn.Module):
                 lmax=arch.lmax,
                 lmax_hidden=min(arch.lmax_hidden, arch.lmax),
                 n_radial=arch.n_radial,
+                radial_damping=arch.radial_damping,
                 radial_hidden=arch.radial_hidden,
                 avg_num_neighbors=const.avg_num_neighbors,
                 activations=arch.activations,

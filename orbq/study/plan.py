@@ -161,5 +161,7 @@ def fingerprint(config: Config) -> str:
     later = {"initial": training.initial == "", "kernels": training.kernels == "xla"}
     unused = {name for name, default in later.items() if default}
     left_out: Any = {"run": True, "training": unused}
+    if config.model.radial_damping == 0:
+        left_out["model"] = {"radial_damping"}
     document = config.model_dump_json(exclude=left_out)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
