@@ -48,8 +48,8 @@ def main(
     def config_of(name: str) -> Config:
         place = given.work / given.study / name
         overrides = [f"run.directory='{place}'", "data.dataset='@data'", *trials[name]]
-        for word, value in words.items():
-            overrides = [override.replace(word, value) for override in overrides]
+        for word in sorted(words, key=len, reverse=True):  # "@hot0" before "@hot"
+            overrides = [override.replace(word, words[word]) for override in overrides]
         return load_config(base, overrides)
 
     if given.action == "report":
