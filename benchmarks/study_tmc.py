@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from study import main
-from tmc_data import TAUGHT, WIDE, make_grown, make_hot, taught
+from tmc_data import CONFIG, TAUGHT, WIDE, make_grown, make_hot, taught
 
 from orbq.data import open_dataset
 
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     main(
         __doc__.splitlines()[0],
         STUDIES,
-        HERE.parent / "orbq" / "data" / "demo.toml",
+        CONFIG,
         "tmc",
         ("meV", 1.0),
         prepare,

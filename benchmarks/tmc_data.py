@@ -20,7 +20,7 @@ from orbq.preprocess.label import preprocess
 HERE = Path(__file__).parent
 METALS = (*range(21, 31), *range(39, 49), 57, *range(72, 81))  # Sc-Zn, Y-Cd, La, Hf-Hg
 EMBEDDED = HERE.parent / "orbq" / "data"
-CONFIG = EMBEDDED / "demo.toml"
+CONFIG = HERE / "tmc.toml"
 # make_tmc.py --seed 3000 with DFT, and --seed 4000 --per-metal 200 --structures-only
 GROWN = (EMBEDDED / "tmc.extxyz.gz", HERE / "data" / "tmc_3000.extxyz.gz")
 UNLABELLED = (

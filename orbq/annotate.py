@@ -59,12 +59,18 @@ def annotate(
     Energy and forces are set as the calculator's results; with ``charges`` also the atomic charges,
     and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has them. An
     ensemble's predictions are means; the spread is in ``info["energy_std"]`` and the arrays
-    ``forces_std``, ``charges_std``, ...
+    ``forces_std``, ``charges_std``, ... Of a run that was taught neither energies nor forces only
+    the charges are given.
 
-    Raises InputError for charges of a run without a charge target, and when a whole file is at
-    fault.
+    Raises InputError for charges of a run without a charge target, for a run of which nothing is
+    left to give, and when a whole file is at fault.
     """
     target = charge_target(run) if charges else None
+    if target is None and not run.taught_energy:
+        raise InputError(
+            "the run was taught neither energies nor forces, only xTB labels: ask for its charges "
+            "(--charges), or train one with loss.weights.energy above 0"
+        )
     runs = run.runs if isinstance(run, Ensemble) else (run,)
     predictors = [BatchPredictor(member, (target,) if target else ()) for member in runs]
     waiting: deque[Atoms] = deque()
@@ -83,7 +89,7 @@ def annotate(
     for members in predict_members(predictors, usable(), batch_size):
         while refused:
             yield refused.popleft()
-        results = [_results(member, target) for member in members]
+        results = [_results(member, target, run.taught_energy) for member in members]
         yield _annotated(waiting.popleft(), results[0] if len(runs) == 1 else combined(results))
     yield from refused
 
@@ -113,10 +119,11 @@ def _structure(run: Run | Ensemble, source: Source, frame: Frame) -> Structure |
     return Refused(source.name, frame.number, reason) if reason else structure
 
 
-def _results(predicted: Predicted, target: str | None) -> dict[str, Any]:
+def _results(predicted: Predicted, target: str | None, energies: bool) -> dict[str, Any]:
     """Everything that is written of one structure, by name."""
-    out: dict[str, Any] = {"energy": predicted.energy}
-    out["forces"] = np.asarray(predicted.forces, np.float64)
+    out: dict[str, Any] = {}
+    if energies:
+        out = {"energy": predicted.energy, "forces": np.asarray(predicted.forces, np.float64)}
     if target is not None:
         values = predicted.targets[target]
         out["charges"] = atomic_charges(target, values)

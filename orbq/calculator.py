@@ -75,8 +75,8 @@ class Calculator(AseCalculator):
         self.run = run if isinstance(run, Run) else load(run)
         self.dtype = _checked_dtype(dtype or self.run.config.training.precision)
         self.charge_target = _charge_target(self.run, charge_target)
-        if self.charge_target is None:
-            self.implemented_properties = list(IMPLEMENTED)
+        known = IMPLEMENTED if self.run.taught_energy else ()
+        self.implemented_properties = [*known, *(FROM_CHARGES if self.charge_target else ())]
         self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
         self.compilations = 0
         self._capacity = Capacity(0, 0)

@@ -147,6 +147,16 @@ def _difference(directory: Path, name: str, written: dict[str, Any]) -> str | No
     return None if sha256_of(path) == written["sha256"] else "does not have the SHA-256 it had"
 
 
+def relist(directory: Path) -> None:
+    """List the files of a checkpoint anew, after a change to one that holds no arrays."""
+    described = json.loads((directory / _META).read_text(encoding="utf-8"))
+    described.pop(_OWN, None)
+    (directory / _META).unlink()
+    described[_FILES] = _files_of(directory)
+    described[_OWN] = _own_digest(described)
+    write_atomically(directory / _META, json.dumps(described))
+
+
 def _files_of(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a checkpoint."""
     return {

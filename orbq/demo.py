@@ -1,12 +1,13 @@
 """The main job on the embedded data: label, train three arms, compare on unseen complexes.
 
-Every arm has the same network, the same structures with DFT energies and forces, the same number of
-training steps and the same seeds:
+Every arm has the same network, the same structures with DFT energies and forces, as many of them in
+each step, the same number of steps and the same seeds:
 
     energy-only    energies and forces
     multitask      the same, and the GFN1-xTB on-site charges of the same structures
-    + unlabelled   the same, after pre-training on the GFN1-xTB charges and energies of further
-                   complexes that have no DFT energy (labels that cost milliseconds)
+    + unlabelled   the same and GFN1-xTB energies and forces, from the embedded network that knows
+                   such labels of complexes without DFT (labels that cost milliseconds), with as
+                   many of these complexes beside the others in each step
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ from orbq.config import Config, load_config
 DATASET, UNLABELLED = "tmc", "tmc_unlabelled"
 BASELINE = "energy-only"
 
-# arm -> overrides on the demonstration's configuration (orbq/data/demo.toml, the second arm)
+ALONE = [
+    "loss.weights.xtb_energy=0.0",
+    "loss.weights.xtb_forces=0.0",
+    "training.initial=''",
+    "training.batch_size=8",
+    "training.unlabelled_share=0.0",
+    "data.unlabelled=[]",
+]
+# arm -> overrides on the demonstration's configuration (orbq/data/demo.toml, the third arm)
 ARMS: dict[str, list[str]] = {
-    BASELINE: ["loss.weights.onsite=0.0", "loss.weights.xtb_energy=0.0"],
-    "multitask": ["loss.weights.xtb_energy=0.0"],
+    BASELINE: [*ALONE, "loss.weights.onsite=0.0"],
+    "multitask": ALONE,
     "+ unlabelled": [],
 }
 
@@ -71,14 +80,10 @@ def make_jobs(out: Path, seeds: int, extra: Sequence[str], arms: Iterable[str]) 
         for arm in arms:
             name = arm.strip("+ ").replace(" ", "-")
             directory = out / f"{name}-seed{seed}"
-            overrides = [*data, *extra, *(teaching if arm == "+ unlabelled" else NO_UNLABELLED)]
-            overrides += [*ARMS[arm], f"training.seed={seed}"]
+            overrides = [*data, *teaching, *extra, *ARMS[arm], f"training.seed={seed}"]
             overrides += [f"run.directory={_toml(directory)}"]
             jobs.append(Job(arm, seed, directory, tuple(overrides)))
     return jobs
-
-
-NO_UNLABELLED = ["training.pretrain_steps=0", "training.unlabelled_share=0.0", "data.unlabelled=[]"]
 
 
 def _toml(path: Path) -> str:

@@ -62,6 +62,11 @@ class Ensemble:
         """Charge targets the runs predict."""
         return self.runs[0].targets
 
+    @property
+    def taught_energy(self) -> bool:
+        """Whether energies or forces taught every member."""
+        return all(run.taught_energy for run in self.runs)
+
     def structure(self, atoms: Atoms | Structure) -> Structure:
         """The checked structure of an ``ase.Atoms``, as ``Run.structure``."""
         return self.runs[0].structure(atoms)

@@ -22,7 +22,7 @@ from orbq.models.potential import Params, Prediction, predict
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.prefetch import prefetch
-from orbq.run import Run, load, stored_config
+from orbq.run import Run, load, run_directory, stored_config
 from orbq.schema import Structure
 from orbq.targets import TARGETS
 
@@ -34,7 +34,7 @@ RESOLVED = ("onsite", "density", "orbital")  # targets that hold the ten orbital
 
 def open_run(path: str | Path) -> Run:
     """Load a run and set this process's precision and compilation cache as in its training."""
-    configure_jax(stored_config(Path(path)))
+    configure_jax(stored_config(run_directory(path)))
     return load(path)
 
 

@@ -33,12 +33,14 @@ from orbq.run import (
     Run,
     load,
     read_description,
+    run_directory,
     stored_config,
     stored_constants,
 )
 from orbq.train import TrainState, taught_readout
 
 INITIAL = "initial"  # what run.json and summary.json say of it
+TAUGHT_FILE = "taught.npy"  # of a run that travels without its data: content hashes of these
 _REMEDY = "or leave training.initial out"
 
 
@@ -85,7 +87,7 @@ def with_own_copy(config: Config, directory: Path) -> Config:
     what begins days later begins from the same parameters."""
     if not config.training.initial:
         return config
-    source, copy = Path(config.training.initial), directory / INITIAL
+    source, copy = run_directory(config.training.initial), directory / INITIAL
     if not copy.is_dir():
         partial = directory / f"{INITIAL}.new"
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,6 +95,8 @@ def with_own_copy(config: Config, directory: Path) -> Config:
         shutil.copytree(source / place, partial / place)
         for name in (RUN_FILE, STATISTICS_FILE):
             shutil.copy(source / name, partial / name)
+        if (source / TAUGHT_FILE).exists():
+            shutil.copy(source / TAUGHT_FILE, partial / TAUGHT_FILE)
         partial.rename(copy)
     training = config.training.model_copy(update={"initial": str(copy)})
     return config.model_copy(update={"training": training})
@@ -154,15 +158,13 @@ def _read(config: Config, own: Path | None) -> Initial | None:
             ) from error
     run = _load(name)
     _check_same_network(config, run)
-    weights = run.config.loss.weights
-    taught = weights.energy > 0 or weights.forces > 0
     facts = {"directory": name, "sha256": checkpoint.digest(run.params)}
     if stored and stored.get(INITIAL) != facts:
         raise InputError(
             f"training.initial: {name} has changed since {own} was begun, which has no checkpoint "
             "yet: start anew with --overwrite"
         )
-    params = run.params if taught else taught_readout(run.params)
+    params = run.params if run.taught_energy else taught_readout(run.params)
     return Initial(run.potential.constants, params, facts)
 
 
@@ -225,10 +227,10 @@ def _check_no_leak(name: str, data: TrainingData) -> Iterator[str]:
     remedy = (
         "divide the structures as they were divided for it, or take them out of either data set"
     )
-    for directory, config, stored in _lineage(name):
+    for directory, stored in _lineage(name):
         try:
-            taught = _taught(config, stored)
-        except (InputError, KeyError, TypeError, ValueError, IndexError) as error:
+            taught = taught_hashes(directory, stored)
+        except (InputError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0]
             yield (
                 f"whether {directory} was trained on structures that are held out here could not "
@@ -240,31 +242,33 @@ def _check_no_leak(name: str, data: TrainingData) -> Iterator[str]:
             refuse_taught(data.datasets[0], held_out, hashes, (holder, remedy))
 
 
-def _lineage(name: str) -> Iterator[tuple[str, Config | None, Mapping[str, Any]]]:
-    """Directory, configuration and run.json of a run, of the one that it was begun from, and so
-    on; (directory, None, {}) for one that is gone."""
+def _lineage(name: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Directory and run.json of a run, of the one that it was begun from, and so on; an empty
+    run.json for one that is gone."""
     seen: set[Path] = set()
-    while name and Path(name).resolve() not in seen:
-        seen.add(Path(name).resolve())
+    while name and (directory := run_directory(name)).resolve() not in seen:
+        seen.add(directory.resolve())
         try:
-            stored = read_description(Path(name))
-            config = stored_config(Path(name), stored)
+            stored = read_description(directory)
+            name = stored_config(directory, stored).training.initial
         except InputError:
-            yield name, None, {}
-            return
-        yield name, config, stored
-        name = config.training.initial
+            name, stored = "", {}
+        yield directory, stored
 
 
-def _taught(config: Config | None, stored: Mapping[str, Any]) -> list[tuple[Path, np.ndarray]]:
+def taught_hashes(directory: Path, stored: Mapping[str, Any]) -> list[tuple[Path, np.ndarray]]:
     """Path and content hashes of everything that a run was trained on, as it was then.
 
-    Raises InputError when a data set is gone or has changed.
+    directory: of the run; stored: its run.json. Where the run has a list of its own, that is it.
+    Raises InputError when a data set is gone or has changed; KeyError, TypeError, ValueError or
+    OSError when a file is damaged.
     """
-    if config is None:
+    if not stored:
         raise InputError("it is not there any more")
+    if (listed := directory / TAUGHT_FILE).exists():
+        return [(listed, np.load(listed, allow_pickle=False).astype("S32", casting="same_kind"))]
     dataset, *unlabelled = (_unchanged(entry) for entry in stored["data"])
-    rows = split_of(config, dataset)["train"]
+    rows = split_of(stored_config(directory, stored), dataset)["train"]
     taught = [(dataset.path, dataset["content_hash"][rows])]
     return taught + [(extra.path, extra["content_hash"]) for extra in unlabelled]
 

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -53,6 +54,7 @@ RUN_VERSION = 1
 RUN_FILE = "run.json"
 STATISTICS_FILE = "statistics.npz"
 CHECKPOINTS = "checkpoints"
+EMBEDDED = ("gfn1-metals",)  # trained runs that are part of the package; orbq/data/README.md
 METRICS = "metrics.jsonl"
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
@@ -178,7 +180,8 @@ class Run:
         atoms: one structure, for one dict; or a list or any other iterable of them, for an iterator
         of dicts in the same order. Structures are taken as results are asked for, in batches of one
         shape with ``batch_size`` structures on average: a stream of any length needs constant
-        memory. Raises InputError for a structure that the run cannot take, naming its place.
+        memory. Without energy and forces where neither was taught (``taught_energy``). Raises
+        InputError for a structure that the run cannot take, naming its place.
         """
         if not is_one(atoms):
             return self._predict_many(atoms, batch_size)
@@ -187,7 +190,7 @@ class Run:
         out = self._predict(self.params, positions, graph)
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}
-        return {"energy": energy, "forces": np.asarray(out.forces), **charges}
+        return self._known({"energy": energy, "forces": np.asarray(out.forces), **charges})
 
     def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
         """Predictions beside the labels of a data set, with their errors.
@@ -206,7 +209,18 @@ class Run:
         from orbq.inference import predict_structures
 
         for found in predict_structures(self.batches, usable(self, many), batch_size):
-            yield {"energy": found.energy, "forces": found.forces, **found.targets}
+            yield self._known({"energy": found.energy, "forces": found.forces, **found.targets})
+
+    @property
+    def taught_energy(self) -> bool:
+        """Whether reference energies or forces taught it. A run on xTB labels alone, as the
+        embedded "gfn1-metals", has a readout for them that means nothing yet."""
+        weights = self.config.loss.weights
+        return weights.energy > 0 or weights.forces > 0
+
+    def _known(self, predicted: dict[str, Any]) -> dict[str, Any]:
+        unknown = () if self.taught_energy else ("energy", "forces")
+        return {name: value for name, value in predicted.items() if name not in unknown}
 
 
 def is_one(atoms: Any) -> bool:
@@ -274,7 +288,8 @@ def read_description(directory: Path) -> dict[str, Any]:
         version = info["run_version"]
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{directory} is not a run directory ({path.name}: {error}); make one with `orbq train`"
+            f"{directory} is not a run directory ({path.name}: {error}); make one with `orbq "
+            f"train`, or name an embedded one ({', '.join(EMBEDDED)})"
         ) from error
     if version != RUN_VERSION:
         raise InputError(
@@ -285,8 +300,17 @@ def read_description(directory: Path) -> dict[str, Any]:
     return dict(info)
 
 
+def run_directory(path: str | Path) -> Path:
+    """``path``, or where an embedded run lies if it is the name of one and no run's directory."""
+    if str(path) in EMBEDDED and not (Path(path) / RUN_FILE).exists():
+        return Path(str(files("orbq"))) / "data" / "networks" / str(path)
+    return Path(path)
+
+
 def load(path: str | Path) -> Run:
     """Load a trained run: its potential with the parameters of the best validation.
+
+    path: its directory, or the name of an embedded one.
 
     A run that was trained in float64 is computed in float32, with a warning, unless JAX is told to
     use float64 before: ``jax.config.update("jax_enable_x64", True)``.
@@ -294,7 +318,7 @@ def load(path: str | Path) -> Run:
     Raises InputError when ``path`` is no run or has no complete checkpoint yet, OrbqError when its
     files are damaged.
     """
-    directory = Path(path)
+    directory = run_directory(path)
     info = read_description(directory)
     config = stored_config(directory, info)
     try:

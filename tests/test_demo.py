@@ -48,7 +48,9 @@ def test_arms_differ_in_what_teaches_and_in_nothing_else(tmp_path: Path, extra: 
     auxiliary = [set(c.loss.weights.auxiliary()) for c in configs]
     assert auxiliary[0] == set() and "onsite" in auxiliary[1] <= auxiliary[2]
     assert [bool(c.data.unlabelled) for c in configs] == [False, False, True]
-    assert [c.training.pretrain_steps > 0 for c in configs] == [False, False, True]
+    assert [bool(c.training.initial) for c in configs] == [False, False, True]
+    of_dft = [c.training.batch_size * (1 - c.training.unlabelled_share) for c in configs]
+    assert len(set(of_dft)) == 1  # structures with DFT in a step
 
 
 def test_a_short_demonstration_runs_and_prints_its_table(tmp_path: Path) -> None:

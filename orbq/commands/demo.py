@@ -38,8 +38,9 @@ def demo(
     """Label, train and compare on real DFT data: what do orbital charges buy?
 
     Labels the embedded transition-metal complexes with GFN1-xTB, trains the same network on DFT
-    energies and forces without and with the charges, and compares them on complexes that no run
-    has seen. Takes a few minutes on two cores; stopped, it goes on where it was.
+    energies and forces without and with the charges, and from a network that knows the charges of
+    thousands of further complexes, and compares them on complexes that no run has seen with DFT.
+    Takes a few minutes on two cores; stopped, it goes on where it was.
 
     \b
     Examples:
@@ -64,7 +65,6 @@ def demo(
         interval = max(steps // 10, 1)
         extra += [f"training.warmup_steps={min(100, steps)}"]
         extra += [f"training.validate_every={interval}", f"training.checkpoint_every={steps}"]
-        extra += [f"training.pretrain_steps={steps}"]
     console.print(Text("1. label with GFN1-xTB", "bold"))
     for name in (job.DATASET, job.UNLABELLED)[: 2 if unlabelled else 1]:
         dataset = preprocess([name], out / "data" / name)
