@@ -2,8 +2,9 @@
 
     python benchmarks/study_md.py --work DIRECTORY [--ps 2]
 
-Two networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
-alone, and after GFN1-xTB labels of complexes without DFT. Of the test split the first structures of
+Networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
+alone, after GFN1-xTB labels of complexes without DFT, and after such labels of distorted complexes
+too, which stay in each batch. Of the test split the first structures of
 ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from where the
 data have them. Told for each: the mean temperature of the second half, the shortest distance in
 units of the sum of covalent radii, and the largest stretch of a bond it began with. "stable": no
@@ -22,7 +23,7 @@ from ase import Atoms, units
 from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
-from tmc_data import CONFIG, make_grown, taught
+from tmc_data import CONFIG, make_grown, make_hot, taught
 
 import orbq
 from orbq.data import open_dataset
@@ -38,6 +39,13 @@ COMMON = ("data.unlabelled=[]", "training.pretrain_steps=0", "data.dataset='@dat
 ARMS = {
     "energy-only": ("loss.weights.onsite=0", "loss.weights.xtb_energy=0"),
     "gfn1-first": ("training.initial='@all'", "loss.weights.xtb_forces=1"),
+    "gfn1-hot": (
+        "training.initial='@taught'",
+        "loss.weights.xtb_forces=1",
+        "data.unlabelled=['@hot']",
+        "training.unlabelled_share=0.5",
+        "training.batch_size=16",
+    ),
 }
 
 
@@ -106,10 +114,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--ps", type=float, default=2.0, help="length of each trajectory")
     parser.add_argument("--n", type=int, default=10, help="complexes")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     given = parser.parse_args()
     words = make_grown(given.work / "data")
     words["@all"] = taught(given.work / "data", words["@rest"], "all", 0)
-    for arm in ARMS:
+    words["@hot"] = make_hot(given.work / "data")
+    words["@taught"] = taught(given.work / "data", words["@hot"], "hot", 0)
+    for arm in given.arms:
         run = trained(given.work / "md" / arm, words, arm)
         calculator = orbq.Calculator(run)
         for name, atoms in held_out(run, words["@data"], given.n):
