@@ -42,11 +42,19 @@ def _schedule_rule(config: Config) -> list[Problem]:
 
 
 def _precision_rule(config: Config) -> list[Problem]:
-    training = config.training
-    if training.precision == "float32" or training.activations == "full":
+    training, problems = config.training, []
+    if training.activations == "full":
         return []
-    text = f"is {training.activations!r}, which needs training.precision = 'float32'"
-    return [Problem("training.activations", text, ("training.precision",))]
+
+    def wrong(key: str, value: str) -> None:
+        text = f"is {training.activations!r}, which needs {key} = {value!r}"
+        problems.append(Problem("training.activations", text, (key,)))
+
+    if training.precision != "float32":
+        wrong("training.precision", "float32")
+    if training.kernels != "xla":  # their sums over neighbours would be of the features' type
+        wrong("training.kernels", "xla")
+    return problems
 
 
 def _unlabelled_rule(config: Config) -> list[Problem]:

@@ -12,6 +12,7 @@ from tiny_run import random_run, save_run
 import orbq
 from orbq.config import parse_config
 from orbq.data import architecture_of
+from orbq.errors import InputError
 from orbq.models.potential import make_potential, predict
 from orbq.stablehlo import lowered
 from orbq.study.plan import fingerprint
@@ -77,6 +78,13 @@ def test_an_exported_program_holds_none():
     runs = (run, with_cuequivariance(run))
     texts = [lowered(r, None, ["cpu", "cuda"]).mlir_module() for r in runs]
     assert texts[0] == texts[1]
+
+
+def test_half_precision_is_refused_beside_them():
+    """Sums over neighbours would lose what float32 keeps of them."""
+    training = {"kernels": "cuequivariance", "activations": "bfloat16"}
+    with pytest.raises(InputError, match=r"training\.activations.*needs training\.kernels = 'xla'"):
+        parse_config({"training": training})
 
 
 def test_an_ablation_begun_before_there_was_this_key_goes_on():
