@@ -24,17 +24,27 @@ BASELINE = "energies and forces"
 ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "energy-only": BASELINE,
     "long": f"{BASELINE}, 12,000 steps",
-    "onsite": "and `onsite` of the same complexes",
+    "dft": "and DFT atomic charges of the same complexes",
+    "atomic": "and GFN1 atomic charges (`atomic`)",
+    "orbital": "and GFN1 orbital charges (`orbital`)",
+    "onsite": "and `onsite`, the whole blocks",
+    "onsite_long": "and `onsite`, 12,000 steps",
     "first_forces": "GFN1 energies and forces first",
     "first_all": "GFN1 charges, energies and forces first",
     "kept_forces": "GFN1 energies and forces first, and kept in each batch",
     "kept_all": "GFN1 charges, energies and forces first, and kept in each batch",
+    "kept_hot": "the same, of distorted complexes too",
 }
 PAIRS = (
     ("first_all", "first_forces"),
     ("kept_all", "kept_forces"),
     ("kept_all", "first_all"),
     ("kept_all", "long"),
+    ("kept_hot", "kept_all"),
+    ("kept_hot", "long"),
+    ("onsite", "dft"),
+    ("orbital", "dft"),
+    ("onsite_long", "long"),
 )
 LABELS = {"energy_mae_meV": "energies", "forces_mae_meV_per_A": "forces"}
 Errors = dict[tuple[int, int], float]  # by (split, seed)
@@ -49,7 +59,7 @@ def read(metric: str) -> dict[str, Errors]:
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             kind, split = record["ablation"].split("-")[:2]
-            arm = record["arm"] if kind == "own" else kind
+            arm = record["arm"] if kind in ("own", "dft") else kind
             found[arm][int(split), record["seed"]] = record["test"][metric]
     return {arm: found[arm] for arm in ARMS if arm in found}
 
@@ -95,7 +105,7 @@ def main() -> None:
 
 def draw(tables: dict[str, dict[str, Errors]], path: Path) -> Path:
     """Changes of every arm, one below the other, with their intervals."""
-    figure, (axis,) = new_figure(1, (7.2, 3.2), 1)
+    figure, (axis,) = new_figure(1, (7.2, 4.4), 1)
     arms = [arm for arm in tables["energy_mae_meV"] if arm != "energy-only"]
     for i, (metric, name) in enumerate(LABELS.items()):
         for row, arm in enumerate(arms):

@@ -21,7 +21,7 @@ import numpy as np
 
 import orbq
 from orbq import checkpoint
-from orbq.initial import TAUGHT_FILE, taught_hashes
+from orbq.initial import TAUGHT_DIGITS, TAUGHT_FILE, taught_hashes
 from orbq.run import CHECKPOINTS, RUN_FILE, STATISTICS_FILE, read_description
 
 
@@ -44,7 +44,7 @@ def ship(run: Path, out: Path, named: str, datasets: list[str], taught: bool) ->
     checkpoint.relist(out / best)
     if taught:
         hashes = np.concatenate([hashes for _, hashes in taught_hashes(run, described)])
-        np.save(out / TAUGHT_FILE, np.unique(hashes))
+        np.save(out / TAUGHT_FILE, np.unique(hashes.astype(TAUGHT_DIGITS)))
     orbq.load(out)
     if left := [p for p in out.rglob("*") if p.is_file() and str(run).encode() in p.read_bytes()]:
         raise SystemExit(f"{left[0]} still holds the path {run}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from study import main
-from tmc_data import CONFIG, TAUGHT, WIDE, make_grown, make_hot, taught
+from tmc_data import CONFIG, TAUGHT, make_grown, make_hot, taught
 
 from orbq.data import open_dataset
 
@@ -126,28 +126,16 @@ STUDIES["grown_long"] = {
     for name, arm in (
         ("long", ("ablation.targets=['onsite']", "ablation.weights=[0.0]")),
         (
-            "onsite",
+            "onsite_long",
             ("ablation.baseline=false", "ablation.targets=['onsite']", "ablation.weights=[1.0]"),
         ),
     )
     for s in GROWN_SPLITS
 }
-# distorted complexes among those without DFT; a larger network, taught for longer; and its baseline
-for _kind, _changes in (("hot", ("data.unlabelled=['@hot']",)), ("wide", WIDE)):
-    STUDIES[f"grown_{_kind}"] = {
-        name.replace("first", "kept"): (*changes, *_KEPT, *_changes)
-        for name, changes in _splits(_kind).items()
-    }
-STUDIES["grown_wide"] |= {
-    f"own-{s}": (
-        *trial[:1],
-        "ablation.seeds=[0]",
-        *_OWN,
-        *_BOTH[:1],
-        "ablation.weights=[0.0]",
-        *WIDE,
-    )
-    for s, trial in ((s, _split(s)) for s in GROWN_SPLITS)
+# distorted complexes among those without DFT
+STUDIES["grown_hot"] = {
+    name.replace("first", "kept"): (*changes, *_KEPT, "data.unlabelled=['@hot']")
+    for name, changes in _splits("hot").items()
 }
 # charges of the reference method against GFN1's, from one an atom to the whole block
 STUDIES["grown_dft"] = {

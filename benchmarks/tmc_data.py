@@ -43,9 +43,7 @@ TAUGHT = {
     "all": ("loss.weights.onsite=1", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
     "forces": ("loss.weights.onsite=0", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
 }
-WIDE = ("model.n_layers=3", "model.n_channels=64")
 TAUGHT["hot"] = TAUGHT["all"]
-TAUGHT["wide"] = (*TAUGHT["all"], *WIDE, "training.n_steps=40000")
 
 
 def make_grown(place: Path) -> dict[str, str]:

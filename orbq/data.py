@@ -282,9 +282,11 @@ def refuse_taught(
 ) -> None:
     """Raise InputError when held-out structures [n] are among those taught (by content hash).
 
-    told: what holds the taught ones, and what to do about it.
+    hashes: of those taught, perhaps only their first digits. told: what holds the taught ones, and
+    what to do about it.
     """
-    _, first, _ = np.intersect1d(dataset["content_hash"][held_out], hashes, return_indices=True)
+    own = dataset["content_hash"][held_out].astype(hashes.dtype)
+    _, first, _ = np.intersect1d(own, hashes, return_indices=True)
     if len(first):
         holder, remedy = told
         raise InputError(

@@ -41,6 +41,7 @@ from orbq.train import TrainState, taught_readout
 
 INITIAL = "initial"  # what run.json and summary.json say of it
 TAUGHT_FILE = "taught.npy"  # of a run that travels without its data: content hashes of these
+TAUGHT_DIGITS = "S16"  # of each: 64 bits
 _REMEDY = "or leave training.initial out"
 
 
@@ -266,7 +267,7 @@ def taught_hashes(directory: Path, stored: Mapping[str, Any]) -> list[tuple[Path
     if not stored:
         raise InputError("it is not there any more")
     if (listed := directory / TAUGHT_FILE).exists():
-        return [(listed, np.load(listed, allow_pickle=False).astype("S32", casting="same_kind"))]
+        return [(listed, np.load(listed, allow_pickle=False).astype(TAUGHT_DIGITS, "K", "no"))]
     dataset, *unlabelled = (_unchanged(entry) for entry in stored["data"])
     rows = split_of(stored_config(directory, stored), dataset)["train"]
     taught = [(dataset.path, dataset["content_hash"][rows])]

@@ -117,4 +117,4 @@ def test_structures_it_was_taught_are_refused_where_they_are_held_out(
     with pytest.raises(InputError, match=r"taught\.npy"):
         prepare_from(_config(dataset, tmp_path / "run"))
     hashes = np.load(run_directory(NAME) / TAUGHT_FILE)
-    assert not np.isin(labelled["content_hash"], hashes).any()
+    assert not np.isin(labelled["content_hash"].astype(hashes.dtype), hashes).any()
