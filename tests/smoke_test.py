@@ -62,7 +62,8 @@ def check_files() -> None:
     files = [str(path) for path in metadata.files("orbq") or []]
     package = {name.removeprefix("orbq/") for name in files if name.startswith("orbq/")}
     sources = CHECKOUT / "orbq"
-    modules = {str(path.relative_to(sources)) for path in sources.rglob("*.py")}
+    networks = (path for path in (sources / "data" / "networks").rglob("*") if path.is_file())
+    modules = {str(path.relative_to(sources)) for path in (*sources.rglob("*.py"), *networks)}
     check(not (lost := {*modules, *WANTED} - package), f"without {sorted(lost)}")
     check(not (alien := {n for n in files if n.endswith((".so", ".pyd"))}), f"{alien} is not pure")
     top = {name.split("/")[0] for name in files if not name.startswith("..")}
@@ -79,6 +80,7 @@ def check_work() -> None:
 
     import orbq as package
 
+    check(package.load("gfn1-metals").targets == ("onsite",), "the embedded network is no run")
     atoms = [a for a in ase.io.read(package.embedded("tmc"), ":") if a.info["metal"] == "none"]
     ase.io.write("few.extxyz", atoms[:30])
     orbq("preprocess", "few.extxyz", "--out", "few")
