@@ -154,7 +154,8 @@ def main() -> None:
     for n, record in enumerate(training.run()):
         keep(training, config, directory / f"{record['arm']}-{record['seed']}", n)
         kept = ("arm", "seed", "steps", "best_step", "validation", "test", "program_seconds")
-        line = {"rate": given.rate, **where, **{k: record[k] for k in kept}}
+        line = {"rate": given.rate, "energy_weight": config.loss.weights.energy}
+        line |= {**where, **{k: record[k] for k in kept}}
         found = [record["test"][k] for k in ("energy_rmse_meV", "forces_rmse_meV_per_A")]
         print(record["arm"], record["seed"], *found, flush=True)
         with given.out.open("a") as results:

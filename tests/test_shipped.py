@@ -33,5 +33,5 @@ def test_acetylacetone_models_have_the_errors_of_the_results(name):
         atoms.calc = calculator
         energies.append(atoms.get_potential_energy() - reference.get_potential_energy())
         forces.append(atoms.get_forces() - reference.get_forces())
-    assert np.sqrt(np.mean(np.square(energies))) < 4e-3  # eV
-    assert np.sqrt(np.mean(np.square(forces))) < 25e-3  # eV/Å
+    assert np.sqrt(np.mean(np.square(energies))) < 2e-3  # eV
+    assert np.sqrt(np.mean(np.square(forces))) < 13e-3  # eV/Å
