@@ -66,11 +66,8 @@ def annotate(
     left to give, and when a whole file is at fault.
     """
     target = charge_target(run) if charges else None
-    if target is None and not run.taught_energy:
-        raise InputError(
-            "the run was taught neither energies nor forces, only xTB labels: ask for its charges "
-            "(--charges), or train one with loss.weights.energy above 0"
-        )
+    if target is None:
+        require_energy(run)
     runs = run.runs if isinstance(run, Ensemble) else (run,)
     predictors = [BatchPredictor(member, (target,) if target else ()) for member in runs]
     waiting: deque[Atoms] = deque()
@@ -92,6 +89,15 @@ def annotate(
         results = [_results(member, target, run.taught_energy) for member in members]
         yield _annotated(waiting.popleft(), results[0] if len(runs) == 1 else combined(results))
     yield from refused
+
+
+def require_energy(run: Run | Ensemble) -> None:
+    """Raise InputError for a run whose readout of energies was never taught."""
+    if not run.taught_energy:
+        raise InputError(
+            "the run was taught neither energies nor forces, only xTB labels: ask for its charges "
+            "(orbq predict --charges), or train one with loss.weights.energy above 0"
+        )
 
 
 def charge_target(run: Run | Ensemble) -> str:

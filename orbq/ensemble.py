@@ -38,7 +38,7 @@ class Ensemble:
     what errors call them; None for their directories.
 
     Raises InputError when there are fewer than two, or when they disagree in the elements they
-    know, their charge targets or the xTB method of these.
+    know, their charge targets, the xTB method of these, or whether energies were taught.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class Ensemble:
     def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
         predictors = [run.batches for run in self.runs]
         for members in predict_members(predictors, usable(self, many), batch_size):
-            yield combined([{"energy": m.energy, "forces": m.forces, **m.targets} for m in members])
+            found = [{"energy": m.energy, "forces": m.forces, **m.targets} for m in members]
+            yield combined([r.known(f) for r, f in zip(self.runs, found, strict=True)])
 
     def calculator(self, **options: Any) -> EnsembleCalculator:
         """An ASE calculator; options: those of ``orbq.Calculator``."""
@@ -140,6 +141,7 @@ def _check_agreement(first_name: str, first: Run, name: str, run: Run) -> None:
         return {
             "elements": ", ".join(SYMBOLS[z] for z in run.elements),
             "charge targets": ", ".join(run.targets) or "none",
+            "energies": "taught" if run.taught_energy else "not taught",
             "xTB method": run.potential.constants.method if charges else "none",
         }
 

@@ -44,6 +44,7 @@ import jraph
 import numpy as np
 from jaxtyping import Array
 
+from orbq.annotate import require_energy
 from orbq.errors import InputError, OrbqError
 from orbq.models.potential import energy_fn as energy_of
 from orbq.run import Run
@@ -82,13 +83,15 @@ def jax_md(
     Keyword arguments of ``energy_fn`` go to ``displacement``; the derivative with respect to a
     ``box`` there is that of the energy. Precision is that of the positions.
 
-    Raises OrbqError without jax-md, InputError for a structure that the run cannot take, half
-    neighbour lists, or a box in which an atom could meet two images of another.
+    Raises OrbqError without jax-md, InputError for a structure that the run cannot take, a run that
+    was taught no energies, half neighbour lists, or a box in which an atom could meet two images of
+    another.
     """
     try:
         from jax_md import partition
     except ImportError as error:
         raise OrbqError(f"jax-md is missing ({error}): pip install 'orbq[jax-md]'") from error
+    require_energy(run)
     structure = run.structure(atoms)
     cutoff = run.potential.architecture.cutoff
     formats = partition.NeighborListFormat

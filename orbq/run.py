@@ -190,7 +190,7 @@ class Run:
         out = self._predict(self.params, positions, graph)
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}
-        return self._known({"energy": energy, "forces": np.asarray(out.forces), **charges})
+        return self.known({"energy": energy, "forces": np.asarray(out.forces), **charges})
 
     def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
         """Predictions beside the labels of a data set, with their errors.
@@ -209,7 +209,7 @@ class Run:
         from orbq.inference import predict_structures
 
         for found in predict_structures(self.batches, usable(self, many), batch_size):
-            yield self._known({"energy": found.energy, "forces": found.forces, **found.targets})
+            yield self.known({"energy": found.energy, "forces": found.forces, **found.targets})
 
     @property
     def taught_energy(self) -> bool:
@@ -218,7 +218,8 @@ class Run:
         weights = self.config.loss.weights
         return weights.energy > 0 or weights.forces > 0
 
-    def _known(self, predicted: dict[str, Any]) -> dict[str, Any]:
+    def known(self, predicted: dict[str, Any]) -> dict[str, Any]:
+        """``predicted`` without the energy and forces that were never taught."""
         unknown = () if self.taught_energy else ("energy", "forces")
         return {name: value for name, value in predicted.items() if name not in unknown}
 

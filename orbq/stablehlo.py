@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import __version__, standalone
-from orbq.annotate import charge_target
+from orbq.annotate import charge_target, require_energy
 from orbq.errors import InputError
 from orbq.models.potential import make_potential, predict
 from orbq.orbitals import SYMBOLS
@@ -63,9 +63,10 @@ def export(
     program is lowered for, of PLATFORMS. overwrite: replace an existing ``out``.
 
     Raises InputError for a path that is no run, an unknown platform, an ``out`` that exists, or
-    charges of a run without a charge target.
+    charges of a run without a charge target, or a run that was taught no energies.
     """
     run = run if isinstance(run, Run) else load(run)
+    require_energy(run)
     out = Path(out)
     if unknown := [name for name in platforms if name not in PLATFORMS] or not platforms:
         raise InputError(f"platforms {unknown}: give one or more of {', '.join(PLATFORMS)}")

@@ -8,6 +8,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from jax_md import space
 
 import orbq
 from orbq.annotate import RESOLVED_CHARGES, annotate
@@ -19,6 +20,7 @@ from orbq.preprocess.frames import find_sources
 from orbq.preprocess.label import preprocess
 from orbq.preprocess.store import Dataset
 from orbq.run import EMBEDDED, run_directory
+from orbq.stablehlo import export
 
 (NAME,) = EMBEDDED
 ROOT = Path(orbq.__file__).parent
@@ -76,6 +78,15 @@ def test_files_get_its_charges_and_no_energy(run: orbq.Run, tmp_path: Path) -> N
     assert "energy" not in found.calc.results
     with pytest.raises(InputError, match="neither energies nor forces"):
         next(annotate(run, source))
+
+
+def test_nothing_else_gives_its_energies(run: orbq.Run, tmp_path: Path) -> None:
+    atoms = ase.io.read(ROOT / "data" / "tmc.extxyz.gz", 0)
+    with pytest.raises(InputError, match="neither energies nor forces"):
+        orbq.jax_md(run, atoms, space.free()[0])
+    with pytest.raises(InputError, match="neither energies nor forces"):
+        export(run, tmp_path / "exported")
+    assert set(orbq.Ensemble([run, run]).predict(atoms)) == {"onsite", "onsite_std"}
 
 
 def test_a_directory_of_that_name_comes_first(
