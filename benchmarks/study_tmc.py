@@ -133,9 +133,26 @@ STUDIES["grown_long"] = {
     for s in GROWN_SPLITS
 }
 # distorted complexes among those without DFT
+_HOT = (*_KEPT, "data.unlabelled=['@hot']")
 STUDIES["grown_hot"] = {
     name.replace("first", "kept"): (*changes, *_KEPT, "data.unlabelled=['@hot']")
     for name, changes in _splits("hot").items()
+}
+# learning curves: fewer structures with DFT, energies and forces for three times as long (as much
+# CPU time), and for as many steps again from all
+SIZES = (100, 200, 400)
+STUDIES["grown_sizes_hot"] = {
+    f"{name}{n}-{s}{suffix}": (*arm, f"data.split_seed={s}", f"ablation.n_train=[{n}]")
+    for n in SIZES
+    for s in GROWN_SPLITS
+    for name, suffix, arm in (
+        ("long", "", (*_OWN, *_BOTH, "ablation.weights=[0.0]", "ablation.seeds=[0]", _LONG)),
+        ("kept_hot", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
+    )
+}
+STUDIES["grown_long_hot"] = {
+    f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
+    for s in GROWN_SPLITS
 }
 # charges of the reference method against GFN1's, from one an atom to the whole block
 STUDIES["grown_dft"] = {
