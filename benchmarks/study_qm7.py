@@ -192,6 +192,21 @@ STUDIES["weights"] = {
     )
 }
 FINE["forces"] = FINE["longer"] = FINE["both"]
+# as many molecules without energies beside those with them, against forgetting; the rate and steps by
+# validation, on subsets 0 and 1
+_KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
+STUDIES["kept_search"] = {
+    f"{name}-{steps}": (
+        *_first(100, "both", 0),
+        "ablation.seeds=[0, 1]",
+        "ablation.subset_seeds=[0, 1]",
+        "ablation.learning_rates=[1e-3, 2e-3, 5e-3]",
+        f"training.n_steps={steps}",
+        *kept,
+    )
+    for name, kept in (("first", ()), ("kept", _KEPT))
+    for steps in (3000, 9000)
+}
 _SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3]}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
@@ -204,8 +219,8 @@ for _kind in FINE:
 def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
-    if study.startswith("first_"):
-        kind = study.split("_")[1]
+    if study.startswith(("first_", "kept_")):
+        kind = study.split("_")[1].replace("search", "both")
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
