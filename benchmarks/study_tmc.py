@@ -141,10 +141,16 @@ STUDIES["grown_hot"] = {
 # learning curves: fewer structures with DFT, energies and forces for three times as long (as much
 # CPU time), and for as many steps again from all
 SIZES = (100, 200, 400)
+SUBSETS = {11: 3, 12: 5, 13: 3, 14: 2}  # the first data.subset_seed of which 100 hold all elements
 STUDIES["grown_sizes_hot"] = {
-    f"{name}{n}-{s}{suffix}": (*arm, f"data.split_seed={s}", f"ablation.n_train=[{n}]")
+    f"{name}{n}-{s}{suffix}": (
+        *arm,
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset}",
+        f"ablation.n_train=[{n}]",
+    )
     for n in SIZES
-    for s in GROWN_SPLITS
+    for s, subset in SUBSETS.items()
     for name, suffix, arm in (
         ("long", "", (*_OWN, *_BOTH, "ablation.weights=[0.0]", "ablation.seeds=[0]", _LONG)),
         ("kept_hot", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
