@@ -192,7 +192,7 @@ STUDIES["weights"] = {
     )
 }
 FINE["forces"] = FINE["longer"] = FINE["both"]
-# as many molecules without energies beside those with them, against forgetting; the rate and steps by
+# as many molecules without energies beside those with them, against forgetting; rate and steps by
 # validation, on subsets 0 and 1
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
 STUDIES["kept_search"] = {
