@@ -77,7 +77,15 @@ class Run:
     ) -> None:
         self.potential, self.params, self.config = potential, params, config
         self.references, self.info = references, info
-        self.energy = jax.jit(energy_fn(potential))
+
+    @cached_property
+    def energy(self) -> Any:
+        """The compiled ``(params, positions, graph) -> energy`` (eV, without references), which
+        ``jax.grad`` takes. Raises InputError for a run that was taught none (``taught_energy``)."""
+        from orbq.annotate import require_energy
+
+        require_energy(self)
+        return jax.jit(energy_fn(self.potential))
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import ase.io
+import jax
 import numpy as np
 import pytest
 from ase import Atoms
@@ -82,6 +83,8 @@ def test_files_get_its_charges_and_no_energy(run: orbq.Run, tmp_path: Path) -> N
 
 def test_nothing_else_gives_its_energies(run: orbq.Run, tmp_path: Path) -> None:
     atoms = ase.io.read(ROOT / "data" / "tmc.extxyz.gz", 0)
+    with pytest.raises(InputError, match="neither energies nor forces"):
+        jax.grad(run.energy, argnums=1)(run.params, *run.graph(atoms))
     with pytest.raises(InputError, match="neither energies nor forces"):
         orbq.jax_md(run, atoms, space.free()[0])
     with pytest.raises(InputError, match="neither energies nor forces"):
