@@ -192,20 +192,28 @@ STUDIES["weights"] = {
     )
 }
 FINE["forces"] = FINE["longer"] = FINE["both"]
-# as many molecules without energies beside those with them, against forgetting; rate and steps by
-# validation, on subsets 0 and 1
+# how to learn energies after labels: by validation, N = 100, on subsets 0 and 1
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
-STUDIES["kept_search"] = {
-    f"{name}-{steps}": (
+_LAYERS = ("backbone/species", "backbone/embedding", *(f"backbone/layer{n}" for n in range(3)))
+STUDIES["first_search"] = {
+    name: (
         *_first(100, "both", 0),
         "ablation.seeds=[0, 1]",
         "ablation.subset_seeds=[0, 1]",
-        "ablation.learning_rates=[1e-3, 2e-3, 5e-3]",
-        f"training.n_steps={steps}",
-        *kept,
+        "ablation.learning_rates=[1e-3, 2e-3]",
+        *changes,
     )
-    for name, kept in (("first", ()), ("kept", _KEPT))
-    for steps in (3000, 9000)
+    for name, changes in {
+        "first": (),
+        "kept": _KEPT,  # as many molecules without energies in each batch, against forgetting
+        "frozen1": (f"training.frozen={list(_LAYERS[:3])}",),
+        "frozen2": (f"training.frozen={list(_LAYERS[:4])}",),
+        "frozen3": (f"training.frozen={list(_LAYERS)}",),
+        "decay": ("training.weight_decay=0.2",),
+        "averaged": ("training.ema_decay=0.999",),
+        "weight5": ("ablation.weights=[5.0]",),
+        "batch20": ("training.batch_size=20",),
+    }.items()
 }
 _SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3]}
 for _kind in FINE:
@@ -219,7 +227,7 @@ for _kind in FINE:
 def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
-    if study.startswith(("first_", "kept_")):
+    if study.startswith("first_"):
         kind = study.split("_")[1].replace("search", "both")
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
