@@ -3,25 +3,20 @@
     python benchmarks/plot_qm7.py
 
 Reads results/qm7_{curves,targets,first_*}.jsonl. Each arm is held against energy-only training,
-both with the network that its own validation error chose (study ``networks``). Reductions are of
-the geometric mean over replicates (seed and subset, the same for both arms) with Student's 95 %
-interval of the paired log ratios; data factors are read from the baseline's curve on log-log axes,
-their intervals are 95 % percentiles over 2,000 resamplings of the replicates, which four of them
-make too narrow. Writes results/qm7_curves.png.
+both with the network that its own validation error chose (study ``networks``), over replicates of
+the same seed and subset (curves.py). Writes results/qm7_curves.png.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from curves import Errors, change_text, compare, factor_text
 from matplotlib.ticker import NullLocator
-from scipy.stats import t as student
 
-from orbq.equivalence import LEVEL, needed
 from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +47,7 @@ LABELS = {
     ARMS["both"]: "after GFN1 labels of 4,800 molecules without one",
 }
 
-Errors = dict[tuple[int, int], float]  # kcal/mol by (seed, subset seed)
-Table = dict[str, dict[int, Errors]]  # arm -> size
+Table = dict[str, dict[int, Errors]]  # arm -> size -> kcal/mol by (seed, subset seed)
 
 
 def read() -> Table:
@@ -71,39 +65,6 @@ def read() -> Table:
     return table
 
 
-def compare(
-    baseline: Mapping[int, Errors], arm: Errors, n: int, n_samples: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Relative reduction and data factor: value, low, high; one replicate has no interval."""
-    rng = np.random.default_rng(0)
-    sizes = sorted(baseline)
-    curve = {k: np.array([baseline[k][r] for r in sorted(baseline[k])]) for k in sizes}
-    own = np.array([arm[r] for r in sorted(arm)])
-    shared = [r for r in sorted(baseline[n]) if r in arm]
-    ratios = np.log([arm[r] / baseline[n][r] for r in shared])
-    width = np.inf
-    if len(ratios) > 1:
-        width = (
-            student.ppf((1 + LEVEL) / 2, len(ratios) - 1) * ratios.std(ddof=1) / len(ratios) ** 0.5
-        )
-
-    def factor(errors: Mapping[int, np.ndarray], error: float) -> float:
-        means = np.array([errors[k].mean() for k in sizes])
-        return needed(np.array(sizes, float), means, error) / n
-
-    def drawn(values: np.ndarray) -> np.ndarray:
-        return values[rng.integers(0, len(values), len(values))]
-
-    factors = [
-        factor({k: drawn(v) for k, v in curve.items()}, drawn(own).mean()) for _ in range(n_samples)
-    ]
-    tail = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return (
-        1 - np.exp(ratios.mean() + np.array([0.0, width, -width])),
-        np.array([factor(curve, own.mean()), *np.quantile(factors, tail, method="nearest")]),
-    )
-
-
 def main() -> None:
     """Print the table, draw the picture."""
     table = read()
@@ -119,10 +80,8 @@ def main() -> None:
                 print(text + "| | |")
                 continue
             gain, factor = compare(table[BASELINE], table[arm][n], n)
-            percent = "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(-100 * gain[[0, 2, 1]]))
-            end = f"> {max(table[BASELINE]) / n:g}"  # of the baseline's curve
-            times = "{} ({} to {})".format(*(f"{x:.1f}" if np.isfinite(x) else end for x in factor))
-            print(f"{text}| {percent} | {times} |")
+            times = factor_text(factor, max(table[BASELINE]) / n)
+            print(f"{text}| {change_text(gain)} | {times} |")
     draw(table, RESULTS / "qm7_curves.png")
 
 

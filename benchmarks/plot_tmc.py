@@ -4,19 +4,23 @@
 
 Reads results/tmc_grown*.jsonl. Each arm is held against training on energies and forces alone, on
 the same split and with the same seed: the geometric mean over seeds, then Student's 95 % interval
-of the log ratios over splits. Writes results/tmc_grown.png.
+of the log ratios over splits. Then the learning curves over subsets (curves.py; a split is a
+replicate). Writes results/tmc_grown.png and tmc_curves.png.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from curves import Errors, change_text, compare, factor_text
+from matplotlib.ticker import NullLocator
 from scipy.stats import t as student
 
-from orbq.plots import COLOURS, MARKERS, new_figure, save
+from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.95
@@ -34,6 +38,7 @@ ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "kept_forces": "GFN1 energies and forces first, and kept in each batch",
     "kept_all": "GFN1 charges, energies and forces first, and kept in each batch",
     "kept_hot": "the same, of distorted complexes too",
+    "hot_long": "the same, 12,000 steps",
 }
 PAIRS = (
     ("first_all", "first_forces"),
@@ -42,25 +47,32 @@ PAIRS = (
     ("kept_all", "long"),
     ("kept_hot", "kept_all"),
     ("kept_hot", "long"),
+    ("hot_long", "kept_hot"),
+    ("hot_long", "long"),
     ("onsite", "dft"),
     ("orbital", "dft"),
     ("onsite_long", "long"),
 )
 LABELS = {"energy_mae_meV": "energies", "forces_mae_meV_per_A": "forces"}
-Errors = dict[tuple[int, int], float]  # by (split, seed)
+UNITS = {"energy_mae_meV": "meV", "forces_mae_meV_per_A": "meV/Å"}
+CURVES = ("long", "kept_hot")  # baseline first; as much CPU time each
+ALL = 814  # mean size of the four training splits
 
 
-def read(metric: str) -> dict[str, Errors]:
-    """Test errors of every arm that has been trained."""
-    found: dict[str, Errors] = defaultdict(dict)
+def read(metric: str) -> dict[str, dict[int, Errors]]:
+    """Test errors of every arm that has been trained, by the size of its subset (ALL: no subset)
+    and (split, seed)."""
+    found: dict[str, dict[int, Errors]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(RESULTS.glob("tmc_grown*.jsonl")):
         if path.stem == "tmc_grown_rates":
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            kind, split = record["ablation"].split("-")[:2]
+            name, split = record["ablation"].split("-")[:2]
+            kind, size = re.fullmatch(r"(.*?)(\d*)", name).groups()
             arm = record["arm"] if kind in ("own", "dft") else kind
-            found[arm][int(split), record["seed"]] = record["test"][metric]
+            place = found[arm][int(size or ALL)]
+            place[int(split), record["seed"]] = record["test"][metric]
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
@@ -76,14 +88,10 @@ def change(arm: Errors, base: Errors) -> tuple[np.ndarray, int, int]:
     return np.exp(ratios.mean() + np.array([0.0, -width, width])) - 1, n, len(shared)
 
 
-def told(found: np.ndarray) -> str:
-    """-22 % (-36 to -6)"""
-    return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * found))
-
-
 def main() -> None:
     """Print the table and what one arm brings beside another; draw the picture."""
-    tables = {metric: read(metric) for metric in LABELS}
+    curves = {metric: read(metric) for metric in LABELS}
+    tables = {m: {arm: sizes[ALL] for arm, sizes in curves[m].items()} for m in LABELS}
     energies = tables["energy_mae_meV"]
     print("| arm | runs | energy MAE, meV | change | forces MAE, meV/Å | change |")
     print("|---|---|---|---|---|---|")
@@ -92,15 +100,55 @@ def main() -> None:
         for table in tables.values():
             cells.append(f"{np.mean(list(table[arm].values())):.0f}")
             paired = arm != "energy-only"
-            cells.append(told(change(table[arm], table["energy-only"])[0]) if paired else "")
+            cells.append(change_text(change(table[arm], table["energy-only"])[0]) if paired else "")
         print(f"| {ARMS[arm]} | {len(energies[arm])} | " + " | ".join(cells) + " |")
     for arm, base in PAIRS:
         if arm in energies and base in energies:
             both = [
-                f"{n} {told(change(tables[m][arm], tables[m][base])[0])}" for m, n in LABELS.items()
+                f"{n} {change_text(change(tables[m][arm], tables[m][base])[0])}"
+                for m, n in LABELS.items()
             ]
             print(f"{arm} against {base}: {', '.join(both)}")
     draw(tables, RESULTS / "tmc_grown.png")
+    tell_curves(curves)
+    draw_curves(curves, RESULTS / "tmc_curves.png")
+
+
+def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
+    """The table of the learning curves."""
+    print("| structures with DFT | " + " | ".join(CURVES) + " | change | data factor |")
+    for metric, table in curves.items():
+        base, own = (table[arm] for arm in CURVES)
+        for n in sorted(base):
+            pair = " | ".join(f"{np.mean(list(arm[n].values())):.0f}" for arm in (base, own))
+            gain, factor = compare(base, own[n], n)
+            end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
+            print(f"| {n}, {LABELS[metric]} | {pair} | {end} |")
+
+
+def draw_curves(curves: dict[str, dict[str, dict[int, Errors]]], path: Path) -> Path:
+    """Errors of energies and of forces against the number of structures with DFT."""
+    figure, axes = new_figure(2, (4.0, 3.6), 2)
+    for axis, (metric, table) in zip(axes, curves.items(), strict=True):
+        for i, arm in enumerate(CURVES):
+            sizes = sorted(table[arm])
+            found = [np.array(list(table[arm][n].values())) for n in sizes]
+            axis.errorbar(
+                sizes,
+                [e.mean() for e in found],
+                [e.std(ddof=1) for e in found],
+                color=COLOURS[i],
+                marker=MARKERS[i],
+                capsize=2,
+                label=("energies and forces", "after GFN1 labels of other complexes")[i],
+            )
+        axis.set(xscale="log", yscale="log", xlabel="structures with DFT")
+        axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
+        axis.set_xticks(sizes, [str(n) for n in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        plain_log(axis)
+    axes[0].legend(frameon=False, fontsize="small")
+    return save(figure, path)
 
 
 def draw(tables: dict[str, dict[str, Errors]], path: Path) -> Path:
