@@ -28,6 +28,7 @@ BASELINE = "energies and forces"
 ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "energy-only": BASELINE,
     "long": f"{BASELINE}, 12,000 steps",
+    "longest": f"{BASELINE}, 36,000 steps",
     "dft": "and DFT atomic charges of the same complexes",
     "atomic": "and GFN1 atomic charges (`atomic`)",
     "orbital": "and GFN1 orbital charges (`orbital`)",
@@ -47,6 +48,7 @@ PAIRS = (
     ("kept_all", "long"),
     ("kept_hot", "kept_all"),
     ("kept_hot", "long"),
+    ("kept_hot", "longest"),
     ("hot_long", "kept_hot"),
     ("hot_long", "long"),
     ("onsite", "dft"),

@@ -121,10 +121,12 @@ for _kind, _study in (("all", "grown_kept"), ("forces", "grown_kept_control")):
     }
 # whether energies and forces want more steps, alone and with charges
 _LONG = "training.n_steps=12000"
+_ALONE = ("ablation.targets=['onsite']", "ablation.weights=[0.0]")
 STUDIES["grown_long"] = {
-    f"{name}-{s}": (f"data.split_seed={s}", "ablation.seeds=[0]", *_OWN, *arm, _LONG)
+    f"{name}-{s}": (f"data.split_seed={s}", "ablation.seeds=[0]", *_OWN, _LONG, *arm)
     for name, arm in (
-        ("long", ("ablation.targets=['onsite']", "ablation.weights=[0.0]")),
+        ("long", _ALONE),
+        ("longest", (*_ALONE, "training.n_steps=36000")),
         (
             "onsite_long",
             ("ablation.baseline=false", "ablation.targets=['onsite']", "ablation.weights=[1.0]"),
@@ -135,8 +137,7 @@ STUDIES["grown_long"] = {
 # distorted complexes among those without DFT
 _HOT = (*_KEPT, "data.unlabelled=['@hot']")
 STUDIES["grown_hot"] = {
-    name.replace("first", "kept"): (*changes, *_KEPT, "data.unlabelled=['@hot']")
-    for name, changes in _splits("hot").items()
+    name.replace("first", "kept"): (*changes, *_HOT) for name, changes in _splits("hot").items()
 }
 # learning curves: fewer structures with DFT, energies and forces for three times as long (as much
 # CPU time), and for as many steps again from all
@@ -152,7 +153,7 @@ STUDIES["grown_sizes_hot"] = {
     for n in SIZES
     for s, subset in SUBSETS.items()
     for name, suffix, arm in (
-        ("long", "", (*_OWN, *_BOTH, "ablation.weights=[0.0]", "ablation.seeds=[0]", _LONG)),
+        ("long", "", (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG)),
         ("kept_hot", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
     )
 }
