@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 from scipy.stats import t as student
 
 from orbq.equivalence import LEVEL, needed
+from orbq.plots import COLOURS, MARKERS, plain_log
 
 Errors = dict[tuple[int, int], float]  # of the replicates
 
@@ -61,3 +64,25 @@ def factor_text(factor: np.ndarray, end: float) -> str:
     """1.9 (1.4 to > 2.5), where the baseline's curve ends at a factor of ``end``."""
     told = (f"{x:.1f}" if np.isfinite(x) else f"> {end:.2g}" for x in factor)
     return "{} ({} to {})".format(*told)
+
+
+def draw_curves(axis: Axes, curves: Mapping[str, Mapping[int, Errors]]) -> None:
+    """Mean errors by arm and train size, with standard deviations over the replicates."""
+    ticks: set[int] = set()
+    for i, (name, arm) in enumerate(curves.items()):
+        sizes = sorted(arm)
+        found = [np.array(list(arm[n].values())) for n in sizes]
+        axis.errorbar(
+            sizes,
+            [e.mean() for e in found],
+            [e.std(ddof=1) for e in found],
+            color=COLOURS[i],
+            marker=MARKERS[i],
+            capsize=2,
+            label=name,
+        )
+        ticks |= set(sizes)
+    axis.set(xscale="log", yscale="log")
+    axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
+    axis.xaxis.set_minor_locator(NullLocator())
+    plain_log(axis)

@@ -14,10 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from curves import Errors, change_text, compare, factor_text
-from matplotlib.ticker import NullLocator
+from curves import Errors, change_text, compare, draw_curves, factor_text
 
-from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
+from orbq.plots import new_figure, save
 
 RESULTS = Path(__file__).parent / "results"
 KCAL = 43.364  # meV in a kcal/mol
@@ -88,28 +87,8 @@ def main() -> None:
 def draw(table: Table, path: Path) -> Path:
     """Errors against the number of energies, with standard deviations over the runs."""
     figure, (axis,) = new_figure(1, (5.2, 4.0), 1)
-    for i, arm in enumerate(a for a in DRAWN if a in table):
-        sizes = sorted(table[arm])
-        found = [np.array(list(table[arm][n].values())) for n in sizes]
-        axis.errorbar(
-            sizes,
-            [e.mean() for e in found],
-            [e.std(ddof=1) for e in found],
-            color=COLOURS[i],
-            marker=MARKERS[i],
-            capsize=2,
-            label=LABELS.get(arm, arm),
-        )
-    sizes = sorted(table[BASELINE])
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="molecules with a DFT energy",
-        ylabel="test energy MAE (kcal/mol)",
-    )
-    axis.set_xticks(sizes, [str(n) for n in sizes])
-    axis.xaxis.set_minor_locator(NullLocator())
-    plain_log(axis)
+    draw_curves(axis, {LABELS.get(arm, arm): table[arm] for arm in DRAWN if arm in table})
+    axis.set(xlabel="molecules with a DFT energy", ylabel="test energy MAE (kcal/mol)")
     axis.legend(frameon=False, fontsize="small")
     return save(figure, path)
 
