@@ -31,7 +31,8 @@ SOURCE = HERE.parent.parent / "shared" / "data" / "qm7.extxyz.gz"
 
 def make_data(place: Path, split_seed: int) -> dict[str, str]:
     """Label QM7 (@data); its training molecules without energies, as charge-only data (@rest); and
-    all of it with a target that says nothing (@random)."""
+    all of it with a target that says nothing (@random), or with what the reference energies add to
+    those of GFN1 in their place (@delta)."""
     if not SOURCE.exists():
         raise SystemExit(f"{SOURCE} is not there: nothing to study")
     dataset = preprocess([str(SOURCE)], place / "qm7")
@@ -45,10 +46,13 @@ def make_data(place: Path, split_seed: int) -> dict[str, str]:
         preprocess([molecule(dataset, row) for row in rows], rest)
     if not (place / "random" / "manifest.json").exists():
         make_random(place / "qm7", place / "random")
+    if not (place / "delta" / "manifest.json").exists():
+        make_delta(place / "qm7", place / "delta")
     return {
         "@data": str(place / "qm7"),
         "@rest": str(rest),
         "@random": str(place / "random"),
+        "@delta": str(place / "delta"),
     }
 
 
@@ -129,6 +133,13 @@ def make_random(source: Path, place: Path) -> None:
     made -= step * np.repeat(excess / size, np.diff(offsets))[:, None]  # neutral molecules
     shutil.copytree(source, place)
     np.save(place / "onsite.npy", made.astype(dataset["onsite"].dtype))
+
+
+def make_delta(source: Path, place: Path) -> None:
+    """A data set whose energies are the differences between the reference's and GFN1's."""
+    shutil.copytree(source, place)
+    dataset = Dataset.open(source)
+    np.save(place / "energy.npy", np.asarray(dataset["energy"]) - np.asarray(dataset["xtb_energy"]))
 
 
 def molecule(dataset: Dataset, row: int) -> Atoms:

@@ -9,8 +9,8 @@ second argument prints the tables and writes benchmarks/results/qm7_<STUDY>.json
 ``search`` to ``search3`` choose a network for energies alone, on split 0. Everything reported as a
 result is of split 1, whose test molecules took no part in them: ``networks`` chooses each arm's
 network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
-``targets`` (other targets and controls, of 400 molecules), ``weights`` and ``first_*`` (after
-pre-training on labels alone) train on other subsets.
+``targets`` (other targets and controls, of 400 molecules), ``weights``, ``first_*`` (after
+pre-training on labels alone) and ``delta`` train on other subsets; ``first_search`` on 0 and 1.
 """
 
 from __future__ import annotations
@@ -206,14 +206,16 @@ STUDIES["first_search"] = {
     for name, changes in {
         "first": (),
         "kept": _KEPT,  # as many molecules without energies in each batch, against forgetting
-        "frozen1": (f"training.frozen={list(_LAYERS[:3])}",),
         "frozen2": (f"training.frozen={list(_LAYERS[:4])}",),
         "frozen3": (f"training.frozen={list(_LAYERS)}",),
         "decay": ("training.weight_decay=0.2",),
-        "averaged": ("training.ema_decay=0.999",),
-        "weight5": ("ablation.weights=[5.0]",),
-        "batch20": ("training.batch_size=20",),
     }.items()
+}
+# what knowing GFN1 energies exactly would bring: what DFT adds to them is learnt, after charges
+STUDIES["delta"] = {
+    f"delta-{n}-{replicate}": (*_first(n, "charges", replicate), "data.dataset='@delta'")
+    for replicate in (0, 2)
+    for n in (100, 200, 400)
 }
 _SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3]}
 for _kind in FINE:
@@ -227,8 +229,8 @@ for _kind in FINE:
 def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
-    if study.startswith("first_"):
-        kind = study.split("_")[1].replace("search", "both")
+    if study.startswith("first_") or study == "delta":
+        kind = {"first_search": "both", "delta": "charges"}.get(study, study.split("_")[-1])
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
