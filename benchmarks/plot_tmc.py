@@ -27,6 +27,7 @@ BASELINE = "energies and forces"
 ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "energy-only": BASELINE,
     "long": f"{BASELINE}, 12,000 steps",
+    "damped": f"{BASELINE}, `radial_damping` 1",
     "longest": f"{BASELINE}, 36,000 steps",
     "dft": "and DFT atomic charges of the same complexes",
     "atomic": "and GFN1 atomic charges (`atomic`)",

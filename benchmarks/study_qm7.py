@@ -211,6 +211,15 @@ STUDIES["first_search"] = {
         "decay": ("training.weight_decay=0.2",),
     }.items()
 }
+# smoother radial functions, which helped with acetylacetone
+STUDIES["damped"] = {
+    f"damped-{n}": (
+        *_chosen("energy-only", n),
+        "ablation.weights=[0.0]",
+        "model.radial_damping=1.0",
+    )
+    for n in (100, 400)
+}
 # what knowing GFN1 energies exactly would bring: what DFT adds to them is learnt, after charges
 STUDIES["delta"] = {
     f"delta-{n}-{replicate}": (*_first(n, "charges", replicate), "data.dataset='@delta'")

@@ -134,6 +134,17 @@ STUDIES["grown_long"] = {
     )
     for s in GROWN_SPLITS
 }
+# smoother radial functions, which helped with acetylacetone
+STUDIES["grown_damped"] = {
+    f"damped-{s}": (
+        f"data.split_seed={s}",
+        "ablation.seeds=[0]",
+        *_OWN,
+        *_ALONE,
+        "model.radial_damping=1.0",
+    )
+    for s in GROWN_SPLITS
+}
 # distorted complexes among those without DFT
 _HOT = (*_KEPT, "data.unlabelled=['@hot']")
 STUDIES["grown_hot"] = {
