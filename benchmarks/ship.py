@@ -4,7 +4,8 @@
     python benchmarks/ship.py RUN orbq/data/networks/NAME --named NAME --dataset NAME --taught
 
 OUT must not exist. --named and --dataset stand in place of the paths that the run was made with
-(one --dataset for the labelled set and one for each further one). --taught writes taught.npy, the
+(one --dataset for the labelled set and one for each further one), --initial in place of the run that
+it began from. --taught writes taught.npy, the
 content hashes of all it was trained on, by which a run that begins from it tells whether it knows
 structures that are held out there.
 """
@@ -21,17 +22,21 @@ import numpy as np
 
 import orbq
 from orbq import checkpoint
-from orbq.initial import TAUGHT_DIGITS, TAUGHT_FILE, taught_hashes
+from orbq.initial import INITIAL, TAUGHT_DIGITS, TAUGHT_FILE, taught_hashes
 from orbq.run import CHECKPOINTS, RUN_FILE, STATISTICS_FILE, read_description
 
 
-def ship(run: Path, out: Path, named: str, datasets: list[str], taught: bool) -> None:
+def ship(run: Path, out: Path, named: str, datasets: list[str], initial: str, taught: bool) -> None:
     """Write ``out``; returns when ``orbq.load`` takes it."""
     described = read_description(run)
     known = [entry["path"] for entry in described["data"]]
     if len(known) != len(datasets):
         raise SystemExit(f"{run} was trained on {len(known)} data sets: name as many by --dataset")
     names = dict(zip(known, datasets, strict=True)) | {described["directory"]: named}
+    if INITIAL in described:
+        if not initial:
+            raise SystemExit(f"{run} began from another run: name that by --initial")
+        names[described[INITIAL]["directory"]] = initial
     best = Path(CHECKPOINTS) / checkpoint.BEST
     shutil.copytree(run / best, out / best)
     shutil.copy(run / STATISTICS_FILE, out / STATISTICS_FILE)
@@ -59,11 +64,12 @@ def main() -> int:
     parser.add_argument(
         "--dataset", required=True, action="append", help="what stands for its data"
     )
+    parser.add_argument("--initial", default="", help="for the run it began from, if it did")
     parser.add_argument("--taught", action="store_true", help="write taught.npy")
     given = parser.parse_args()
     if given.out.exists():
         raise SystemExit(f"{given.out} exists")
-    ship(given.run, given.out, given.named, given.dataset, given.taught)
+    ship(given.run, given.out, given.named, given.dataset, given.initial, given.taught)
     print(f"wrote {given.out}")
     return 0
 
