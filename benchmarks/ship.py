@@ -4,10 +4,9 @@
     python benchmarks/ship.py RUN orbq/data/networks/NAME --named NAME --dataset NAME --taught
 
 OUT must not exist. --named and --dataset stand in place of the paths that the run was made with
-(one --dataset for the labelled set and one for each further one), --initial in place of the run that
-it began from. --taught writes taught.npy, the
-content hashes of all it was trained on, by which a run that begins from it tells whether it knows
-structures that are held out there.
+(one --dataset for the labelled set and one for each further one), --initial in place of the run
+that it began from. --taught writes taught.npy, the content hashes of all it was trained on, by
+which a run that begins from it tells whether it knows structures that are held out there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def test_configurations_are_valid_and_open_with_their_command(path):
     assert "orbq " in path.read_text().split("\n\n")[0]
 
 
-@pytest.mark.parametrize("name", ["energy-only", "onsite"])
+@pytest.mark.parametrize("name", ["energy-only", "onsite", "gfn1-first"])
 def test_acetylacetone_models_have_the_errors_of_the_results(name):
     """Of 20 of the 650 test configurations; RESULTS.md has those of all."""
     if not ACAC.is_file():
