@@ -21,8 +21,10 @@ def test_configurations_are_valid_and_open_with_their_command(path):
     assert "orbq " in path.read_text().split("\n\n")[0]
 
 
-@pytest.mark.parametrize("name", ["energy-only", "onsite", "gfn1-first"])
-def test_acetylacetone_models_have_the_errors_of_the_results(name):
+@pytest.mark.parametrize(
+    ("name", "limit"), [("energy-only", 13e-3), ("onsite", 13e-3), ("gfn1-first", 9e-3)]
+)
+def test_acetylacetone_models_have_the_errors_of_the_results(name, limit):
     """Of 20 of the 650 test configurations; RESULTS.md has those of all."""
     if not ACAC.is_file():
         pytest.skip("needs ../shared/data/acac")
@@ -34,4 +36,4 @@ def test_acetylacetone_models_have_the_errors_of_the_results(name):
         energies.append(atoms.get_potential_energy() - reference.get_potential_energy())
         forces.append(atoms.get_forces() - reference.get_forces())
     assert np.sqrt(np.mean(np.square(energies))) < 2e-3  # eV
-    assert np.sqrt(np.mean(np.square(forces))) < 13e-3  # eV/Å
+    assert np.sqrt(np.mean(np.square(forces))) < limit  # eV/Å
