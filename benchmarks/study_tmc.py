@@ -168,6 +168,22 @@ STUDIES["grown_sizes_hot"] = {
         ("kept_hot", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
     )
 }
+# reference energies of the atoms fitted beside a multiple of GFN1's energies
+STUDIES["grown_guided_hot"] = {
+    f"{name}{n or ''}-{s}{suffix}": (
+        *arm,
+        "data.references=guided",
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for n in (100, 200, 0)
+    for s, subset in SUBSETS.items()
+    for name, suffix, arm in (
+        ("guided", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
+        ("alone", "", (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG)),
+    )
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS

@@ -209,14 +209,17 @@ def _fit_references(
     config: Config, train: Pool, teaching: Pool, terms: tuple[str, ...]
 ) -> dict[str, Fit]:
     """References of the energies trained on; the reference energy's from ``train`` alone."""
-    given = None if config.data.references == "fit" else config.data.references
+    wanted = config.data.references
+    given = None if isinstance(wanted, str) else wanted
+    guided = wanted == "guided"
     fits = {}
+    if "xtb_energy" in terms or guided:
+        fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
     if "energy" in terms:
         charge = config.data.charge_reference
-        fits["energy"] = fit_pool_references(train, "energy", given, charge)
-    if "xtb_energy" in terms:
-        fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
-    return fits
+        guide = ("xtb_energy", fits["xtb_energy"].references) if guided else None
+        fits["energy"] = fit_pool_references(train, "energy", given, charge, guide)
+    return {name: fits[name] for name in terms if name in fits}
 
 
 def _statistics(name: str, pool: Pool) -> Statistics:

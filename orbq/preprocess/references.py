@@ -5,6 +5,10 @@
 Fitted by least squares on the training structures alone: atoms first, then the slope in the total
 charge Q on what the atoms leave. Elements that occur in fixed ratios only cannot be told apart;
 they get the solution of least norm, with a warning. Isolated-atom energies may be given instead.
+
+A guide is another energy of the same structures, less its own reference energies: GFN1-xTB's, of
+which many more structures are known. Its multiple joins the fit of the atoms and is left out of
+E0, so that what the guide explains is not taken for energies of atoms (a control variate).
 """
 
 from __future__ import annotations
@@ -101,12 +105,16 @@ class Fit(NamedTuple):
 
 
 class EnergyChunk(NamedTuple):
-    """Structures with energies: numbers [A], n_node [S] atoms, energy [S] eV, total_charge [S]."""
+    """Structures with energies: numbers [A], n_node [S] atoms, energy [S] eV, total_charge [S].
+
+    guide: [S, 0 or 1] eV, another energy less its own reference energies.
+    """
 
     numbers: np.ndarray
     n_node: np.ndarray
     energy: np.ndarray
     total_charge: np.ndarray
+    guide: np.ndarray
 
 
 def fit_references(
@@ -127,7 +135,8 @@ def fit_references(
     n_node = np.array([len(n) for n in numbers], np.int64)
     charge = np.zeros(len(n_node)) if total_charge is None else np.asarray(total_charge)
     flat = np.concatenate([np.asarray(n, np.int64) for n in numbers] or [np.zeros(0, np.int64)])
-    chunk = EnergyChunk(flat, n_node, np.asarray(energies, np.float64), charge)
+    energy = np.asarray(energies, np.float64)
+    chunk = EnergyChunk(flat, n_node, energy, charge, np.zeros((len(energy), 0)))
     return _fit(lambda: iter([chunk]), given, fit_charge)
 
 
@@ -136,13 +145,15 @@ def fit_pool_references(
     field: str = "energy",
     given: Mapping[Any, float] | None = None,
     fit_charge: bool = True,
+    guide: tuple[str, References] | None = None,
 ) -> Fit:
     """Fit reference energies on the labelled structures of a (training) pool, in constant memory.
 
-    field: "energy" or "xtb_energy". given, fit_charge: as in ``fit_references``.
+    field: "energy" or "xtb_energy". given, fit_charge: as in ``fit_references``. guide: the field
+    of an energy that goes with it, and its reference energies; structures without it count as 0.
     Raises InputError when no structure of the pool carries ``field``.
     """
-    return _fit(lambda: _pool_chunks(pool, field), given, fit_charge, field)
+    return _fit(lambda: _pool_chunks(pool, field, guide), given, fit_charge, field)
 
 
 def pool_elements(pool: Pool, field: str | None = None) -> np.ndarray:
@@ -153,7 +164,9 @@ def pool_elements(pool: Pool, field: str | None = None) -> np.ndarray:
     return np.flatnonzero(found)
 
 
-def _pool_chunks(pool: Pool, field: str | None) -> Iterator[EnergyChunk]:
+def _pool_chunks(
+    pool: Pool, field: str | None, guide: tuple[str, References] | None = None
+) -> Iterator[EnergyChunk]:
     for part, rows in zip(pool.parts, pool.rows, strict=True):
         arrays = part.dataset.arrays
         for start in range(0, len(rows), _CHUNK):
@@ -166,7 +179,13 @@ def _pool_chunks(pool: Pool, field: str | None) -> Iterator[EnergyChunk]:
             atoms = ragged_rows(arrays["offsets"][some], n_node)
             energy = np.zeros(len(some)) if field is None else np.asarray(arrays[field][some])
             charge = np.asarray(arrays["total_charge"][some])
-            yield EnergyChunk(np.asarray(arrays["numbers"][atoms]), n_node, energy, charge)
+            numbers = np.asarray(arrays["numbers"][atoms])
+            beside = np.zeros((len(some), 0))
+            if guide is not None:
+                name, references = guide
+                rest = np.asarray(arrays[name][some]) - references.of_many(numbers, n_node, charge)
+                beside = np.where(part_labels(part, some, name), rest, 0.0)[:, None]
+            yield EnergyChunk(numbers, n_node, energy, charge, beside)
 
 
 # --------------------------------------------------------------------------- the fit
@@ -193,19 +212,20 @@ def _fit(
     free = np.flatnonzero(present & ~known)
     charge = 0.0
     if len(free):
-        element[free] = _fit_elements(chunks, element, free)
-        charge = _fit_charge(chunks, element) if fit_charge else 0.0
+        element[free], slope = _fit_elements(chunks, element, free)
+        charge = _fit_charge(chunks, element, slope) if fit_charge else 0.0
     references = References(element, charge, bool(len(free)), known | present)
     return _residual(chunks, references)
 
 
 def _fit_elements(
     chunks: Callable[[], Iterator[EnergyChunk]], element: np.ndarray, free: np.ndarray
-) -> np.ndarray:
-    """Energies of the ``free`` elements, by a QR decomposition built up chunk by chunk."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies of the ``free`` elements, and the multiple of the guide if there is one, by a QR
+    decomposition built up chunk by chunk."""
     column = np.full(MAX_Z + 1, -1)
     column[free] = np.arange(len(free))
-    triangle = np.zeros((0, len(free) + 1))
+    triangle: np.ndarray | None = None
     for chunk in chunks():
         structure = np.repeat(np.arange(len(chunk.n_node)), chunk.n_node)
         wanted = column[chunk.numbers] >= 0
@@ -214,11 +234,14 @@ def _fit_elements(
         rest = chunk.energy - np.bincount(
             structure, weights=element[chunk.numbers], minlength=len(chunk.n_node)
         )
-        rows = np.column_stack([counts.reshape(-1, len(free)), rest])
-        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, rows]), mode="r"))
+        rows = np.column_stack([counts.reshape(-1, len(free)), chunk.guide, rest])
+        above = rows[:0] if triangle is None else triangle
+        triangle = np.asarray(np.linalg.qr(np.concatenate([above, rows]), mode="r"))
+    assert triangle is not None, "the caller found elements, so there are structures"
     matrix, target = triangle[:, :-1], triangle[:, -1]
-    _warn_if_undetermined(matrix, free)
-    return np.linalg.lstsq(matrix, target, rcond=_RANK_TOLERANCE)[0]
+    _warn_if_undetermined(matrix[:, : len(free)], free)
+    solution = np.linalg.lstsq(matrix, target, rcond=_RANK_TOLERANCE)[0]
+    return solution[: len(free)], solution[len(free) :]
 
 
 _RANK_TOLERANCE = 1e-10  # singular values of integer counts are zero to rounding or well above
@@ -241,13 +264,19 @@ def _warn_if_undetermined(matrix: np.ndarray, free: np.ndarray) -> None:
     )
 
 
-def _fit_charge(chunks: Callable[[], Iterator[EnergyChunk]], element: np.ndarray) -> float:
-    """Slope of the rest in the total charge, least squares through zero; 0 if all are neutral."""
+def _fit_charge(
+    chunks: Callable[[], Iterator[EnergyChunk]], element: np.ndarray, slope: np.ndarray
+) -> float:
+    """Slope of the rest in the total charge, least squares through zero; 0 if all are neutral.
+
+    slope: [0 or 1] the multiple of the guide.
+    """
     along, norm = 0.0, 0.0
     atoms = References(element, 0.0, True, element != 0)
     for chunk in chunks():
         charge = np.asarray(chunk.total_charge, np.float64)
         rest = chunk.energy - atoms.of_many(chunk.numbers, chunk.n_node, charge)
+        rest -= chunk.guide @ slope
         along, norm = along + float(charge @ rest), norm + float(charge @ charge)
     return along / norm if norm > 0 else 0.0
 
