@@ -26,11 +26,18 @@ BEFORE, EVERY = 300, 30  # steps
 GROUP = "acac GFN1"
 
 
-def frames(start: Atoms, temperature: float, n: int, seed: int) -> list[Atoms]:
-    """``n`` frames of one trajectory at ``temperature`` (K)."""
+def trajectory(
+    start: Atoms,
+    temperature: float,
+    n: int,
+    seed: int,
+    method: str = "GFN1-xTB",
+    every: int = EVERY,
+) -> list[Atoms]:
+    """``n`` frames of one trajectory at ``temperature`` (K), ``every`` so many steps."""
     rng = np.random.default_rng(seed)
     atoms = Atoms(start.numbers, start.positions)
-    atoms.calc = TBLite(method="GFN1-xTB", verbosity=0)
+    atoms.calc = TBLite(method=method, verbosity=0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
     dynamics = Langevin(
         atoms,
@@ -42,7 +49,7 @@ def frames(start: Atoms, temperature: float, n: int, seed: int) -> list[Atoms]:
     dynamics.run(BEFORE)
     out = []
     for _ in range(n):
-        dynamics.run(EVERY)
+        dynamics.run(every)
         frame = Atoms(atoms.numbers, atoms.positions)
         frame.info |= {"group": GROUP, "temperature": temperature, "seed": seed}
         out.append(frame)
@@ -66,7 +73,7 @@ def main() -> None:
     found: list[Atoms] = []
     first = given.seed * len(plan)
     for seed, (temperature, _) in enumerate(tqdm(plan, unit="trajectory"), start=first):
-        found += frames(starts[chosen[seed % len(chosen)]], temperature, given.frames, seed)
+        found += trajectory(starts[chosen[seed % len(chosen)]], temperature, given.frames, seed)
     ase.io.write(given.out, found, format="extxyz")
 
 

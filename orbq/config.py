@@ -57,7 +57,8 @@ Rates = Annotated[tuple[Rate, ...], Field(strict=False)]
 # 'fit', 'guided' (by GFN1-xTB energies), or a table of element symbol -> energy of the isolated
 # atom in eV
 References = Annotated[
-    Annotated[Literal["fit", "guided"], Tag("<word>")] | Annotated[dict[str, float], Tag("<table>")],
+    Annotated[Literal["fit", "guided"], Tag("<word>")]
+    | Annotated[dict[str, float], Tag("<table>")],
     Discriminator(lambda value: "<table>" if isinstance(value, dict) else "<word>"),
 ]
 
