@@ -283,7 +283,7 @@ def _further_conflicts(
 
 
 def check_against(config: Config, coverage: Mapping[str, int], dataset_name: str) -> None:
-    """Refuse a positive weight on a target of which the data set has no label.
+    """Refuse a positive weight on a target, or a guide, of which the data set has no label.
 
     coverage: for each array of the data set (schema.FIELDS), how many structures have it.
     Raises InputError that names every such target, the data set and the command that makes it.
@@ -303,5 +303,11 @@ def check_against(config: Config, coverage: Mapping[str, int], dataset_name: str
                 f"{LABELLING.get(missing[0], LABEL_WITH_XTB)}"
             )
             problems.append(Problem(f"loss.weights.{name}", text))
+    if config.data.references == "guided" and coverage.get("xtb_energy", 0) == 0:
+        text = (
+            f"is 'guided', but no structure of data set {dataset_name!r} has xtb_energy: set it to"
+            f" 'fit', or make the label with {LABEL_WITH_XTB}"
+        )
+        problems.append(Problem("data.references", text))
     if problems:
         raise report("configuration", problems)

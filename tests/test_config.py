@@ -52,7 +52,7 @@ INVALID = [
     ("[data]\ndataset = ''", ["data.dataset: must not be empty"]),
     ("[data]\ndataset = 3", ["data.dataset: must be text in quotes, is 3"]),
     ("[data]\nunlabelled = 'a'", ["data.unlabelled: must be a list, is 'a'"]),
-    ("[data]\nreferences = 'fitted'", ["data.references: must be 'fit' or a table"]),
+    ("[data]\nreferences = 'fitted'", ["data.references: must be 'fit' or 'guided' or a table"]),
     ("[data.references]\nHx = 1.0", ["data.references.Hx: not an element symbol"]),
     ("[data.references]\nH = '1'", ["data.references.H: must be a number, is '1'"]),
     ("[data]\nvalidation_fraction = 0.5\ntest_fraction = 0.5", ["must be below 1", "is 1"]),
@@ -255,6 +255,13 @@ def test_any_document_is_accepted_or_refused_in_words(document: dict) -> None:
         assert str(error).startswith("configuration")
     else:
         assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+def test_guided_references_need_xtb_energies() -> None:
+    config = parse_config({"data": {"references": "guided"}})
+    check_against(config, dict.fromkeys(FIELDS, 5), "full")
+    with pytest.raises(InputError, match=r"data\.references: is 'guided', but no structure .*'b'"):
+        check_against(config, dict.fromkeys(FIELDS, 5) | {"xtb_energy": 0}, "b")
 
 
 def test_a_weight_needs_labels() -> None:

@@ -199,6 +199,30 @@ def test_statistics_and_references_see_training_structures_alone(data, prepared)
     assert prepared.spec.scales["energy"] == pytest.approx(residual.std(), rel=1e-9)
 
 
+def test_guided_references_leave_out_a_multiple_of_the_xtb_energies(data):
+    """Those less their own references, which are fitted to the charge-only structures as well."""
+    config = config_of(data, data / "unused", data={"references": "guided"})
+    stored, extra = Dataset.open(data / "labelled"), Dataset.open(data / "unlabelled")
+    train = split_of(config, stored)["train"]
+
+    def counts(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+        atoms = [dataset["numbers"][slice(*dataset.offsets[row : row + 2])] for row in rows]
+        return np.stack([np.bincount(z, minlength=9) for z in atoms])[:, [1, 6, 7, 8]]
+
+    xtb = np.concatenate([np.asarray(stored["xtb_energy"])[train], np.asarray(extra["xtb_energy"])])
+    many = np.concatenate([counts(stored, train), counts(extra, np.arange(len(extra)))])
+    own = np.linalg.lstsq(many, xtb, rcond=None)[0]
+    labelled = train[np.asarray(stored.mask("energy"))[train]]
+    few = counts(stored, labelled)
+    guide = np.asarray(stored["xtb_energy"])[labelled] - few @ own
+    columns = np.column_stack([few, guide])
+    expected = np.linalg.lstsq(columns, np.asarray(stored["energy"])[labelled], rcond=None)[0]
+    found = prepare(config).references["energy"].element[[1, 6, 7, 8]]
+    np.testing.assert_allclose(found, expected[:4], rtol=1e-7)
+    plain = prepare(config_of(data, data / "unused")).references["energy"].element[[1, 6, 7, 8]]
+    assert np.abs(found - plain).max() > 1e-3
+
+
 def fitting_charges(dataset: Dataset) -> np.ndarray:
     from orbq.orbitals import atomic_charges
 

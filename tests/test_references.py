@@ -179,6 +179,35 @@ def test_pool_fit_uses_labelled_training_structures_alone(monkeypatch):
         fit_pool_references(Pool([Part(data, rows, ("energy",))], 3.0))
 
 
+def test_a_guide_takes_away_what_is_not_of_the_atoms():
+    data = MemoryDataset(random_molecules(np.full(60, 9)))
+    arrays, rows = data.arrays, np.arange(60)
+    numbers = [arrays["numbers"][data.rows(i)] for i in rows]
+    charge = arrays["total_charge"]
+    bonding = 50 * np.random.default_rng(1).normal(size=60)
+    guide = References(E / 7, 2.0, True, E != 0)
+    arrays["xtb_energy"] = np.array([(E / 7)[n].sum() for n in numbers]) + 2.0 * charge + bonding
+    arrays["energy"] = np.array([E[n].sum() for n in numbers]) + 0.4 * bonding
+    few = Pool([Part(data, rows[:12])], 3.0)
+    present = pool_elements(few)
+    plain = fit_pool_references(few).references
+    assert np.abs(plain.element - E)[present].max() > 1.0
+    guided = fit_pool_references(few, guide=("xtb_energy", guide)).references
+    np.testing.assert_allclose(guided.element[present], E[present], atol=1e-6)
+    assert abs(guided.charge) < 1e-6
+
+
+def test_structures_without_the_guide_count_as_0():
+    data = MemoryDataset(random_molecules(np.full(40, 9)))
+    arrays, rows = data.arrays, np.arange(40)
+    arrays["xtb_energy_mask"][:] = False
+    arrays["xtb_energy"][:] = np.nan
+    pool = Pool([Part(data, rows)], 3.0)
+    guided = fit_pool_references(pool, guide=("xtb_energy", References.zero()))
+    plain = fit_pool_references(pool)
+    np.testing.assert_allclose(guided.references.element, plain.references.element, atol=1e-6)
+
+
 def test_sums_over_many_equal_one_by_one():
     numbers = molecules(50)
     charge = np.random.default_rng(0).integers(-2, 3, 50)
