@@ -4,7 +4,8 @@
 
 Networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
 alone, after GFN1-xTB labels of complexes without DFT, and after such labels of distorted complexes
-too, which stay in each batch. Of the test split the first structures of
+too, which stay in each batch; and GFN1-xTB itself (tblite), which tells what is not the networks'
+fault. Of the test split the first structures of
 ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from where the
 data have them. Told for each: the mean temperature of the second half, the shortest distance in
 units of the sum of covalent radii, and the largest stretch of a bond it began with. "stable": no
@@ -20,14 +21,15 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import Calculator
 from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from tblite.ase import TBLite
 from tmc_data import CONFIG, make_grown, make_hot, taught
 
 import orbq
-from orbq.data import open_dataset
-from orbq.evaluate import split_rows
+from orbq.data import open_dataset, split_of
 from orbq.fit import fit
 from orbq.study.run import provenance
 
@@ -35,6 +37,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "md.jsonl"
 STEP, FRICTION, EVERY = 0.5, 0.01, 10  # fs, 1/fs, steps between looks
 TOO_CLOSE, TOO_FAR, BONDED = 0.6, 1.6, 1.25
+ITSELF = "gfn1-xtb"
 COMMON = ("data.unlabelled=[]", "training.pretrain_steps=0", "data.dataset='@data'")
 ARMS = {
     "energy-only": ("loss.weights.onsite=0", "loss.weights.xtb_energy=0"),
@@ -58,11 +61,11 @@ def trained(directory: Path, words: dict[str, str], arm: str) -> orbq.Run:
     return orbq.load(directory)
 
 
-def held_out(run: orbq.Run, dataset: str, n: int) -> list[tuple[str, Atoms]]:
+def held_out(dataset: str, n: int) -> list[tuple[str, Atoms]]:
     """The first structures of ``n`` complexes of the test split, with their names."""
     data = open_dataset(dataset)
     found: dict[str, Atoms] = {}
-    for row in split_rows(run, data, "test")[1]:
+    for row in split_of(orbq.load_config(CONFIG), data)["test"]:
         name = bytes(data["group"][row]).decode()
         atoms = slice(*data["offsets"][row : row + 2])
         numbers = np.array(data["numbers"][atoms])
@@ -76,7 +79,12 @@ def held_out(run: orbq.Run, dataset: str, n: int) -> list[tuple[str, Atoms]]:
     return [(names[i], found[names[i]]) for i in rng.permutation(len(names))[:n]]
 
 
-def dynamics(atoms: Atoms, calculator: orbq.Calculator, picoseconds: float) -> dict[str, Any]:
+def _gfn1(atoms: Atoms) -> Calculator:
+    charge, multiplicity = atoms.info["charge"], atoms.info["spin_multiplicity"]
+    return TBLite(method="GFN1-xTB", charge=charge, multiplicity=multiplicity, verbosity=0)
+
+
+def dynamics(atoms: Atoms, calculator: Calculator, picoseconds: float) -> dict[str, Any]:
     """What a trajectory at 300 K does to the distances of a molecule."""
     pairs = np.triu_indices(len(atoms), 1)
     radii = covalent_radii[atoms.numbers]
@@ -114,16 +122,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--ps", type=float, default=2.0, help="length of each trajectory")
     parser.add_argument("--n", type=int, default=10, help="complexes")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, ITSELF), default=[*ARMS, ITSELF])
     given = parser.parse_args()
     words = make_grown(given.work / "data")
     words["@all"] = taught(given.work / "data", words["@rest"], "all", 0)
     words["@hot"] = make_hot(given.work / "data")
     words["@taught"] = taught(given.work / "data", words["@hot"], "hot", 0)
     for arm in given.arms:
-        run = trained(given.work / "md" / arm, words, arm)
-        calculator = orbq.Calculator(run)
-        for name, atoms in held_out(run, words["@data"], given.n):
+        run = None if arm == ITSELF else trained(given.work / "md" / arm, words, arm)
+        for name, atoms in held_out(words["@data"], given.n):
+            calculator = _gfn1(atoms) if run is None else orbq.Calculator(run)
             facts = {"arm": arm, "complex": name, "ps": given.ps}
             facts |= dynamics(atoms, calculator, given.ps)
             print(json.dumps(facts), flush=True)
