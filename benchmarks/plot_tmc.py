@@ -73,12 +73,17 @@ def read(metric: str) -> dict[str, dict[int, Errors]]:
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            name, split = record["ablation"].split("-")[:2]
-            kind, size = re.fullmatch(r"(.*?)(\d*)", name).groups()
+            kind, size = kind_and_size(record["ablation"])
             arm = record["arm"] if kind in ("own", "dft") else kind
-            place = found[arm][int(size or ALL)]
-            place[int(split), record["seed"]] = record["test"][metric]
+            split = int(record["ablation"].split("-")[1])
+            found[arm][size][split, record["seed"]] = record["test"][metric]
     return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def kind_and_size(ablation: str) -> tuple[str, int]:
+    """What an ablation is of, and its structures with DFT: kept_hot100-11-0 -> kept_hot, 100."""
+    kind, size = re.fullmatch(r"(.*?)(\d*)", ablation.split("-")[0]).groups()
+    return kind, int(size or ALL)
 
 
 def change(arm: Errors, base: Errors) -> tuple[np.ndarray, int, int]:

@@ -2,17 +2,20 @@
 
 A study is a table: name -> overrides of the configuration. Each name is an ablation of its own in
 ``WORK/STUDY/NAME``, which goes on where it was stopped; two processes may share a study by --part.
+Studies of single runs share ``trained``. Words in overrides ("@data") stand for paths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from orbq.config import Config, load_config
+from orbq.fit import fit
+from orbq.run import Run, load
 from orbq.study.report import rows_of, write_report
 from orbq.study.run import read_results, run_ablation
 
@@ -48,9 +51,7 @@ def main(
     def config_of(name: str) -> Config:
         place = given.work / given.study / name
         overrides = [f"run.directory='{place}'", "data.dataset='@data'", *trials[name]]
-        for word in sorted(words, key=len, reverse=True):  # "@hot0" before "@hot"
-            overrides = [override.replace(word, words[word]) for override in overrides]
-        return load_config(base, overrides)
+        return load_config(base, filled(overrides, words))
 
     if given.action == "report":
         kept = report({name: config_of(name) for name in names}, unit)
@@ -64,6 +65,20 @@ def main(
         records = run_ablation(config)
         print(name)
         print(write_report(Path(config.run.directory), records), flush=True)
+
+
+def filled(overrides: Iterable[str], words: Mapping[str, str]) -> list[str]:
+    """The overrides with what their words stand for."""
+    found = list(overrides)
+    for word in sorted(words, key=len, reverse=True):  # "@hot0" before "@hot"
+        found = [override.replace(word, words[word]) for override in found]
+    return found
+
+
+def trained(base: Path, overrides: Iterable[str], words: Mapping[str, str], place: Path) -> Run:
+    """The run of a configuration in a directory; goes on where it was stopped."""
+    fit(load_config(base, filled([*overrides, f"run.directory='{place}'"], words)))
+    return load(place)
 
 
 def report(configs: Mapping[str, Config], unit: tuple[str, float]) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from study import trained
+
 import orbq
-from orbq.fit import fit
 from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
@@ -42,12 +43,11 @@ TARGETS = {
 RATE = 5e-3  # better than 2e-3 for energy-only at N = 100
 
 
-def trained(directory: Path, *overrides: str) -> orbq.Run:
+def run_of(directory: Path, *overrides: str) -> orbq.Run:
     """A run of the common network."""
-    own = (f"run.directory='{directory}'", "training.validate_every=500", *NETWORK)
-    own += (f"loss.weights.energy={ENERGY}", *overrides)
-    fit(orbq.load_config(CONFIG, own))
-    return orbq.load(directory)
+    energy = f"loss.weights.energy={ENERGY}"
+    own = ("training.validate_every=500", *NETWORK, energy, *overrides)
+    return trained(CONFIG, own, {}, directory)
 
 
 def taught(work: Path, arm: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def taught(work: Path, arm: str) -> tuple[str, ...]:
     if not arm.endswith("-first"):
         return ()
     directory = work / f"taught-{arm}"
-    trained(
+    run_of(
         directory,
         f"data.dataset='{work / 'xtb'}'",
         "loss.weights.energy=0",
@@ -91,7 +91,7 @@ def main() -> None:
             what |= {"steps": given.steps, "energy_weight": ENERGY}
             if any(what.items() <= record.items() for record in known):
                 continue
-            run = trained(
+            run = run_of(
                 given.work / "sizes" / f"{arm}-{n}-{seed}-{rate:g}-{given.steps}",
                 f"data.dataset='{given.work / 'train'}'",
                 f"data.n_train={n}",

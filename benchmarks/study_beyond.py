@@ -27,9 +27,9 @@ import qm7_data
 import tmc_data
 from ase import Atoms
 from ase.data import atomic_numbers
+from study import trained
 
 import orbq
-from orbq.fit import fit
 from orbq.preprocess.label import preprocess
 from orbq.preprocess.references import fit_references
 from orbq.preprocess.store import Dataset
@@ -160,7 +160,7 @@ def _made(frames: list[Atoms], place: Path) -> str:
     return str(place)
 
 
-def trained(task: Task, arm: str, replicate: int, directory: Path) -> orbq.Run:
+def run_of(task: Task, arm: str, replicate: int, directory: Path) -> orbq.Run:
     """The run of an arm; goes on where it was stopped."""
     words = dict(task.words)
     if arm.startswith("gfn1"):
@@ -169,13 +169,8 @@ def trained(task: Task, arm: str, replicate: int, directory: Path) -> orbq.Run:
         f"data.dataset='{task.seen}'",
         f"data.split_seed={replicate}",
         f"training.seed={replicate}",
-        f"run.directory='{directory}'",
     )
-    overrides = [*task.common, *task.arms[arm], *own]
-    for word in sorted(words, key=len, reverse=True):
-        overrides = [override.replace(word, words[word]) for override in overrides]
-    fit(orbq.load_config(task.config, overrides))
-    return orbq.load(directory)
+    return trained(task.config, [*task.common, *task.arms[arm], *own], words, directory)
 
 
 def measured(run: orbq.Run, task: Task) -> dict[str, Any]:
@@ -213,7 +208,7 @@ def main() -> None:
                     continue  # it knows no element that it has no structure of
                 directory = given.work / "beyond" / name / f"{arm}-{replicate}"
                 facts = {"task": name, "arm": arm, "replicate": replicate}
-                facts |= measured(trained(task, arm, replicate, directory), task)
+                facts |= measured(run_of(task, arm, replicate, directory), task)
                 print(json.dumps(facts), flush=True)
                 with RESULTS.open("a", encoding="utf-8") as results:
                     results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")

@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study import trained
 from tmc_data import make_turned
 
 import orbq
 from orbq.elements import METALS
-from orbq.fit import fit
 from orbq.orbitals import GFN1, shells
 from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "base.toml"
 RESULTS = HERE / "results" / "heads.jsonl"
 SLOTS = {"s": slice(0, 1), "p": slice(2, 5), "d": slice(5, 10)}
 ATOMS = {"metals": METALS, "H": (1,), "C": (6,), "N": (7,), "O": (8,), "Cl": (17,)}
 TRAINING = (
+    "data.dataset='@data'",
     "training.n_steps=6000",
     "training.learning_rate=5e-3",
     "training.validate_every=500",
@@ -38,18 +40,6 @@ TRAINING = (
     "loss.weights.forces=0",
     "loss.weights.orbital=1",
 )
-
-
-def trained(directory: Path, dataset: str, head: str, seed: int) -> orbq.Run:
-    """The run of one head."""
-    own = (
-        f"data.dataset='{dataset}'",
-        f"model.head={head}",
-        f"training.seed={seed}",
-        f"run.directory='{directory}'",
-    )
-    fit(orbq.load_config(HERE.parent / "configs" / "base.toml", [*TRAINING, *own]))
-    return orbq.load(directory)
 
 
 def by_shell(run: orbq.Run, dataset: str) -> Iterator[dict[str, Any]]:
@@ -85,7 +75,12 @@ def main() -> None:
     dataset = make_turned(given.work / "data")
     for seed in given.seeds:
         for head in ("equivariant", "invariant"):
-            run = trained(given.work / "heads-turned" / f"{head}-{seed}", dataset, head, seed)
+            run = trained(
+                CONFIG,
+                [*TRAINING, f"model.head={head}", f"training.seed={seed}"],
+                {"@data": dataset},
+                given.work / "heads-turned" / f"{head}-{seed}",
+            )
             with RESULTS.open("a", encoding="utf-8") as results:
                 for record in by_shell(run, dataset):
                     print(

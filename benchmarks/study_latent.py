@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study import trained
 from tmc_data import make_grown
 
 import orbq
 from orbq import embed
 from orbq.data import open_dataset
 from orbq.elements import METALS
-from orbq.fit import fit
 from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "base.toml"
 RESULTS = HERE / "results" / "latent.jsonl"
 COMMON = (
     "model.species=free",
@@ -50,15 +51,6 @@ ARMS: dict[str, tuple[str, ...]] = {
         "loss.weights.onsite=1",
     ),
 }
-
-
-def trained(directory: Path, words: dict[str, str], arm: str, seed: int) -> orbq.Run:
-    """The run of an arm; goes on where it was stopped."""
-    overrides = [*COMMON, *ARMS[arm], f"training.seed={seed}", f"run.directory='{directory}'"]
-    for word, value in words.items():
-        overrides = [override.replace(word, value) for override in overrides]
-    fit(orbq.load_config(HERE.parent / "configs" / "base.toml", overrides))
-    return orbq.load(directory)
 
 
 def clusters(run: orbq.Run, dataset: str) -> Iterator[dict[str, Any]]:
@@ -90,7 +82,12 @@ def main() -> None:
     words = make_grown(given.work / "data")
     for seed in given.seeds:
         for arm in ARMS:
-            run = trained(given.work / "latent" / f"{arm}-{seed}", words, arm, seed)
+            run = trained(
+                CONFIG,
+                [*COMMON, *ARMS[arm], f"training.seed={seed}"],
+                words,
+                given.work / "latent" / f"{arm}-{seed}",
+            )
             with RESULTS.open("a", encoding="utf-8") as results:
                 for found in clusters(run, words["@data"]):
                     facts = {"arm": arm, "seed": seed} | found

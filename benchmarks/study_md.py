@@ -25,12 +25,12 @@ from ase.calculators.calculator import Calculator
 from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from study import trained
 from tblite.ase import TBLite
 from tmc_data import CONFIG, make_grown, make_hot, taught
 
 import orbq
 from orbq.data import open_dataset, split_of
-from orbq.fit import fit
 from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
@@ -50,15 +50,6 @@ ARMS = {
         "training.batch_size=16",
     ),
 }
-
-
-def trained(directory: Path, words: dict[str, str], arm: str) -> orbq.Run:
-    """The run of an arm; goes on where it was stopped."""
-    overrides = [*COMMON, *ARMS[arm], f"run.directory='{directory}'"]
-    for word, value in words.items():
-        overrides = [override.replace(word, value) for override in overrides]
-    fit(orbq.load_config(CONFIG, overrides))
-    return orbq.load(directory)
 
 
 def held_out(dataset: str, n: int) -> list[tuple[str, Atoms]]:
@@ -128,8 +119,9 @@ def main() -> None:
     words["@all"] = taught(given.work / "data", words["@rest"], "all", 0)
     words["@hot"] = make_hot(given.work / "data")
     words["@taught"] = taught(given.work / "data", words["@hot"], "hot", 0)
+    place = given.work / "md"
     for arm in given.arms:
-        run = None if arm == ITSELF else trained(given.work / "md" / arm, words, arm)
+        run = None if arm == ITSELF else trained(CONFIG, [*COMMON, *ARMS[arm]], words, place / arm)
         for name, atoms in held_out(words["@data"], given.n):
             calculator = _gfn1(atoms) if run is None else orbq.Calculator(run)
             facts = {"arm": arm, "complex": name, "ps": given.ps}
