@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 METHOD = "GFN2-xTB"
 HOT = {"600K": (600.0, 3), "1000K": (1000.0, 2)}  # temperature in K, trajectories
-FRAMES, EVERY = 20, 60  # of each trajectory; steps of 0.5 fs between them
+FRAMES, EVERY = 15, 60  # of each trajectory; steps of 0.5 fs between them
 IMAGES, CHECKS = 11, 5
 GRID = {"H": (50, 194), "C": (60, 302), "O": (60, 302)}  # radial x angular points of PySCF
 

@@ -45,6 +45,7 @@ def trajectory(
         temperature_K=temperature,
         friction=FRICTION / units.fs,
         rng=rng,
+        fixcm=False,  # it overheats light atoms
     )
     dynamics.run(BEFORE)
     out = []

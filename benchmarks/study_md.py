@@ -89,7 +89,8 @@ def dynamics(atoms: Atoms, calculator: Calculator, picoseconds: float) -> dict[s
     Stationary(atoms)
     friction = FRICTION / units.fs
     step = STEP * units.fs
-    langevin = Langevin(atoms, step, temperature_K=300, friction=friction, rng=rng)
+    # fixcm would pass a heavy atom's random momentum on to hydrogen, and heat it far above 300 K
+    langevin = Langevin(atoms, step, temperature_K=300, friction=friction, rng=rng, fixcm=False)
 
     def look() -> None:
         distances = atoms.get_all_distances()[pairs]
