@@ -22,8 +22,15 @@ from plot_tmc import ALL, CURVES, LABELS, RESULTS, UNITS, kind_and_size
 
 from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
-BEST = {("long", ALL): "", ("longest", ALL): "long"}  # 36,000 steps where they are better
-STUDIES = ("sizes_hot", "long", "hot")
+STUDIES = ("sizes_hot", "long", "hot", "guided_hot")
+ARMS = {arm: CURVES[arm] for arm in ("long", "kept_hot")}
+GUIDED = (100, 200)  # structures with DFT, of which guided references are better
+BEST = {  # what an arm and size stands for; "": nothing
+    ("long", ALL): "",
+    ("longest", ALL): "long",
+    **{("kept_hot", n): "" for n in GUIDED},
+    **{("guided", n): "kept_hot" for n in GUIDED},
+}
 TAUGHT = 21_396  # structures of tmc_data.make_hot
 TEACHING_S = 228.0  # of 20,000 steps: "seconds" of the taught run's summary.json, one idle core
 
@@ -51,7 +58,7 @@ def points() -> dict[str, dict[int, Point]]:
             record = json.loads(line)
             kind, size = kind_and_size(record["ablation"])
             records[BEST.get((kind, size), kind), size].append(record)
-    found: dict[str, dict[int, Point]] = {arm: {} for arm in CURVES}
+    found: dict[str, dict[int, Point]] = {arm: {} for arm in ARMS}
     for (arm, size), runs in sorted(records.items(), key=lambda item: item[0][1]):
         if arm in found:
             found[arm][size] = Point(
@@ -86,10 +93,10 @@ def main() -> None:
         for size, p in curve.items():
             errors = " | ".join(f"{p.errors[m]:.0f}" for m in LABELS)
             print(
-                f"| {CURVES[arm]} | {size} | {p.dft:,.0f} | {p.gfn1:,.0f} | {p.training:,.0f} |"
+                f"| {ARMS[arm]} | {size} | {p.dft:,.0f} | {p.gfn1:,.0f} | {p.training:,.0f} |"
                 f" {errors} |"
             )
-    base, own = (found[arm] for arm in CURVES)
+    base, own = (found[arm] for arm in ARMS)
     print("| to reach | alone, CPU s | with labels, first | ratio | with labels, further | ratio |")
     for metric, name in LABELS.items():
         for size, p in base.items():
@@ -113,7 +120,7 @@ def draw(found: dict[str, dict[int, Point]], path: Path) -> Path:
         for i, (arm, curve) in enumerate(found.items()):
             hours = [p.total() / 3600 for p in curve.values()]
             errors = [p.errors[metric] for p in curve.values()]
-            axis.plot(hours, errors, color=COLOURS[i], marker=MARKERS[i], label=CURVES[arm])
+            axis.plot(hours, errors, color=COLOURS[i], marker=MARKERS[i], label=ARMS[arm])
         axis.set(xscale="log", yscale="log", xlabel="labels and training (CPU hours)")
         axis.set_ylabel(f"test MAE of {name} ({UNITS[metric]})")
         axis.set_xticks([0.5, 1, 2, 3], ["0.5", "1", "2", "3"])

@@ -40,6 +40,7 @@ ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "kept_all": "GFN1 charges, energies and forces first, and kept in each batch",
     "kept_hot": "the same, of distorted complexes too",
     "hot_long": "the same, 12,000 steps",
+    "guided": "the same, guided references",
 }
 PAIRS = (
     ("first_all", "first_forces"),
@@ -60,6 +61,7 @@ UNITS = {"energy_mae_meV": "meV", "forces_mae_meV_per_A": "meV/Å"}
 CURVES = {  # baseline first; as much CPU time each
     "long": BASELINE,
     "kept_hot": "after GFN1 labels of other complexes",
+    "guided": "and with guided references",
 }
 ALL = 814  # mean size of the four training splits
 
@@ -77,6 +79,9 @@ def read(metric: str) -> dict[str, dict[int, Errors]]:
             arm = record["arm"] if kind in ("own", "dft") else kind
             split = int(record["ablation"].split("-")[1])
             found[arm][size][split, record["seed"]] = record["test"][metric]
+    for arm in found.values():
+        for size in [n for n, errors in arm.items() if len(errors) < 2]:
+            del arm[size]  # a single trial
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
@@ -101,7 +106,9 @@ def change(arm: Errors, base: Errors) -> tuple[np.ndarray, int, int]:
 def main() -> None:
     """Print the table and what one arm brings beside another; draw the picture."""
     curves = {metric: read(metric) for metric in LABELS}
-    tables = {m: {arm: sizes[ALL] for arm, sizes in curves[m].items()} for m in LABELS}
+    tables = {
+        m: {arm: sizes[ALL] for arm, sizes in curves[m].items() if ALL in sizes} for m in LABELS
+    }
     energies = tables["energy_mae_meV"]
     print("| arm | runs | energy MAE, meV | change | forces MAE, meV/Å | change |")
     print("|---|---|---|---|---|---|")
@@ -126,14 +133,20 @@ def main() -> None:
 
 def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
     """The table of the learning curves."""
-    print("| structures with DFT | " + " | ".join(CURVES) + " | change | data factor |")
+    print("| structures with DFT | arm | MAE | change | data factor |")
     for metric, table in curves.items():
-        base, own = (table[arm] for arm in CURVES)
+        base, *others = (table[arm] for arm in CURVES)
         for n in sorted(base):
-            pair = " | ".join(f"{np.mean(list(arm[n].values())):.0f}" for arm in (base, own))
-            gain, factor = compare(base, own[n], n)
-            end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
-            print(f"| {n}, {LABELS[metric]} | {pair} | {end} |")
+            print(f"| {n}, {LABELS[metric]} | alone | {_mean(base[n]):.0f} | | |")
+            for arm, name in zip(others, list(CURVES)[1:], strict=True):
+                if n in arm:
+                    gain, factor = compare(base, arm[n], n)
+                    end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
+                    print(f"| | {name} | {_mean(arm[n]):.0f} | {end} |")
+
+
+def _mean(errors: Errors) -> float:
+    return float(np.mean(list(errors.values())))
 
 
 def draw_both_curves(curves: dict[str, dict[str, dict[int, Errors]]], path: Path) -> Path:
