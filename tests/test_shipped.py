@@ -24,7 +24,7 @@ def test_configurations_are_valid_and_open_with_their_command(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("energy-only", 13e-3), ("onsite", 13e-3), ("gfn1-first", 9e-3)]
+    ("name", "limit"), [("energy-only", 13e-3), ("onsite", 13e-3), ("gfn1-first", 7e-3)]
 )
 def test_acetylacetone_models_have_the_errors_of_the_results(name, limit):
     """Of 20 of the 650 test configurations; RESULTS.md has those of all."""
