@@ -184,6 +184,20 @@ STUDIES["grown_guided_hot"] = {
         ("alone", "", (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG)),
     )
 }
+# the same after three times as long a teaching
+STUDIES["grown_guided_longer"] = {
+    f"longer{n or ''}-{s}-{r}": (
+        *_first("longer", r, FIRST_RATE),
+        *_HOT,
+        "data.references=guided",
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for r in (0, 1)
+    for n in (100, 200, 400, 0)
+    for s, subset in SUBSETS.items()
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS
@@ -206,10 +220,11 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     if study.startswith("grown"):
         words = make_grown(place)
         kind = study.split("_")[-1]
-        if kind == "hot":
+        distorted = kind in ("hot", "longer")
+        if distorted:
             words["@hot"] = make_hot(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")
-        rest = words.get(f"@{kind}", words["@rest"])
+        rest = words["@hot" if distorted else "@rest"]
         return words | {f"@{kind}{seed}": taught(place, rest, kind, seed) for seed in (0, 1)}
     for name in ("tmc", "tmc_unlabelled"):
         open_dataset(name)

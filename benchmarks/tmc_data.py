@@ -44,6 +44,7 @@ TAUGHT = {
     "forces": ("loss.weights.onsite=0", "loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1"),
 }
 TAUGHT["hot"] = TAUGHT["all"]
+TAUGHT["longer"] = (*TAUGHT["hot"], "training.n_steps=60000", "training.validate_every=6000")
 
 
 def make_grown(place: Path) -> dict[str, str]:
