@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 from bench_step import SETTINGS, WIDTH, circumstances
+from jax.sharding import Mesh
 
 from orbq.ablate import grid, over_runs
 from orbq.losses import Batch, LossSpec
@@ -133,8 +134,10 @@ class Model(NamedTuple):
     hyper: Hyper
 
 
-def make_model(setting: str, changes: dict[str, Any], neighbors: float, head: bool) -> Model:
-    """A setting of bench_step, with an `onsite` head or without."""
+def make_model(
+    setting: str, changes: dict[str, Any], neighbors: float, head: bool, mesh: Mesh | None = None
+) -> Model:
+    """A setting of bench_step, with an `onsite` head or without; mesh: those sharing a step."""
     shape = (MAX_Z + 1, TARGETS[TARGET].k)
     stats = {TARGET: Statistics(np.zeros(shape), np.ones(shape))} if head else {}
     options = {**WIDTH, **SETTINGS[setting], **changes}
@@ -150,7 +153,7 @@ def make_model(setting: str, changes: dict[str, Any], neighbors: float, head: bo
     def infer(params: Any, batch: Batch) -> Any:
         return predict(potential, params, batch.positions, batch.graph)[:2]
 
-    return Model(make_init(potential), make_train_step(potential, spec), infer, hyper)
+    return Model(make_init(potential), make_train_step(potential, spec, mesh), infer, hyper)
 
 
 # ---------------------------------------------------------------------- one process

@@ -227,6 +227,7 @@ def circumstances() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "jax": version("jax"),
         "commit": commit,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
