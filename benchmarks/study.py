@@ -2,7 +2,7 @@
 
 A study is a table: name -> overrides of the configuration. Each name is an ablation of its own in
 ``WORK/STUDY/NAME``, which goes on where it was stopped; two processes may share a study by --part.
-Studies of single runs share ``trained``. Words in overrides ("@data") stand for paths.
+Words in overrides ("@data") stand for paths. Studies of single runs share ``trained`` and ``record``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 from orbq.config import Config, load_config
 from orbq.fit import fit
+from orbq.preprocess.store import write_atomically
 from orbq.run import Run, load
 from orbq.study.report import rows_of, write_report
-from orbq.study.run import read_results, run_ablation
+from orbq.study.run import provenance, read_results, run_ablation
 
 HERE = Path(__file__).parent
 Studies = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -79,6 +80,17 @@ def trained(base: Path, overrides: Iterable[str], words: Mapping[str, str], plac
     """The run of a configuration in a directory; goes on where it was stopped."""
     fit(load_config(base, filled([*overrides, f"run.directory='{place}'"], words)))
     return load(place)
+
+
+def record(path: Path, what: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Print a measurement, and keep it with versions, commit and machine in a file of such lines,
+    in place of an earlier one of the same ``what``."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if not what.items() <= json.loads(line).items()]
+    facts = {**what, **found}
+    print(json.dumps(facts), flush=True)
+    kept.append(json.dumps(facts | {"provenance": provenance()}))
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
 def report(configs: Mapping[str, Config], unit: tuple[str, float]) -> list[dict[str, Any]]:

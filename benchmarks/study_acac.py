@@ -11,7 +11,7 @@ same configurations, the best step by the same 50 others; RMSE on the 650 test c
     forces-first    after GFN1 energies and forces of 2,400 further configurations, kept as targets
     gfn1-first      after GFN1 energies, forces and on-site charges of these
 
-Appends to results/acac_sizes.jsonl; training goes on where it was stopped, and what is recorded is
+Writes results/acac_sizes.jsonl; training goes on where it was stopped, and what is recorded is
 not trained again.
 """
 
@@ -22,10 +22,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from study import trained
+from study import record, trained
 
 import orbq
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "acac_sizes.jsonl"
@@ -74,7 +73,7 @@ def errors(run: orbq.Run, work: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train what is not recorded yet; append to the results; print each."""
+    """Train what is not recorded yet; record each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--n", type=int, nargs="+", default=[50, 100], help="configurations")
@@ -89,7 +88,7 @@ def main() -> None:
         for rate in given.rates:
             what: dict[str, Any] = {"arm": arm, "n": n, "seed": seed, "rate": rate}
             what |= {"steps": given.steps, "energy_weight": ENERGY}
-            if any(what.items() <= record.items() for record in known):
+            if any(what.items() <= facts.items() for facts in known):
                 continue
             run = run_of(
                 given.work / "sizes" / f"{arm}-{n}-{seed}-{rate:g}-{given.steps}",
@@ -102,10 +101,7 @@ def main() -> None:
                 *TARGETS[arm],
                 *taught(given.work, arm),
             )
-            record = what | {"test": errors(run, given.work), "provenance": provenance()}
-            with RESULTS.open("a") as results:
-                results.write(json.dumps(record) + "\n")
-            print(json.dumps(what | record["test"]), flush=True)
+            record(RESULTS, what, {"test": errors(run, given.work)})
 
 
 if __name__ == "__main__":

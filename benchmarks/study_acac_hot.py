@@ -5,13 +5,12 @@
 Errors on the sets of benchmarks/data/acac_hot.extxyz.gz (make_acac_hot.py) of runs that saw 300 K
 alone; without RUN of those in benchmarks/models/acac. The labels lie a constant above those of the
 training set, measured on the training configurations in "check" and taken off. Along the transfer
-energies above the first image are compared, too. Appends to results/acac_hot.jsonl.
+energies above the first image are compared, too. Writes results/acac_hot.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import ase.io
 import numpy as np
 from ase import Atoms
+from study import record
 
 import orbq
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "acac_hot.extxyz.gz"
@@ -34,7 +33,7 @@ def rms(differences: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", type=Path, nargs="*", help="run directories")
     given = parser.parse_args()
@@ -47,11 +46,8 @@ def main() -> None:
     for path in given.runs or sorted((HERE / "models" / "acac").iterdir()):
         run = orbq.load(path)
         for name, frames in sets.items():
-            facts = {"run": path.name, "set": name, "n": len(frames)}
-            facts |= measured(run, frames, above, name == "transfer")
-            print(json.dumps(facts), flush=True)
-            with RESULTS.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")
+            what = {"run": path.name, "set": name, "n": len(frames)}
+            record(RESULTS, what, measured(run, frames, above, name == "transfer"))
 
 
 def checked(frames: list[Atoms]) -> float:

@@ -9,14 +9,13 @@ test; ``ligands`` and ``metals``, no complex with one of LIGANDS, or of UNSEEN_M
 Arms: energies (and forces) alone, on complexes for as long as the last arm takes; with molecules,
 charges of the same; and GFN1-xTB labels of structures without DFT first, among which are the larger
 ones, and the ligands and metals held out. A network that has no energy of a metal cannot know it up
-to a constant: there the error is told after each metal's median error is taken off, too. Appends to
+to a constant: there the error is told after each metal's median error is taken off, too. Writes
 results/beyond.jsonl; training goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +26,13 @@ import qm7_data
 import tmc_data
 from ase import Atoms
 from ase.data import atomic_numbers
-from study import trained
+from study import record, trained
 
 import orbq
 from orbq.preprocess.label import preprocess
 from orbq.preprocess.references import fit_references
 from orbq.preprocess.store import Dataset
 from orbq.splits import split
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "beyond.jsonl"
@@ -193,7 +191,7 @@ TASKS = ("larger-molecules", "larger-complexes", "ligands", "metals")
 
 
 def main() -> None:
-    """Train, measure, append, print."""
+    """Train, measure, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
@@ -207,11 +205,8 @@ def main() -> None:
                 if name == "metals" and arm != "gfn1-kept":
                     continue  # it knows no element that it has no structure of
                 directory = given.work / "beyond" / name / f"{arm}-{replicate}"
-                facts = {"task": name, "arm": arm, "replicate": replicate}
-                facts |= measured(run_of(task, arm, replicate, directory), task)
-                print(json.dumps(facts), flush=True)
-                with RESULTS.open("a", encoding="utf-8") as results:
-                    results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")
+                what = {"task": name, "arm": arm, "replicate": replicate}
+                record(RESULTS, what, measured(run_of(task, arm, replicate, directory), task))
 
 
 if __name__ == "__main__":

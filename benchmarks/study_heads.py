@@ -6,25 +6,23 @@ Both heads train on GFN1-xTB orbital charges alone of the complexes without DFT 
 in a random frame, split by complex, with the same network, seed and batches. Told for kinds of
 atoms and shells: the error on the complexes of the test split, and R2, the explained share of the
 orbital charges' variance around the element's mean in each orbital. An invariant head must miss
-what turns with the frame. Appends to results/heads.jsonl; training goes on where it was stopped.
+what turns with the frame. Writes results/heads.jsonl; training goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import trained
+from study import record, trained
 from tmc_data import make_turned
 
 import orbq
 from orbq.elements import METALS
 from orbq.orbitals import GFN1, shells
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "base.toml"
@@ -67,7 +65,7 @@ def by_shell(run: orbq.Run, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Train, measure, append, print."""
+    """Train, measure, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -81,15 +79,9 @@ def main() -> None:
                 {"@data": dataset},
                 given.work / "heads-turned" / f"{head}-{seed}",
             )
-            with RESULTS.open("a", encoding="utf-8") as results:
-                for record in by_shell(run, dataset):
-                    print(
-                        f"{head:<12} {seed} {record['atoms']:<7} {record['shell']} "
-                        f"n {record['n']:>5}  MAE {record['mae_e']:.4f} e  R2 {record['r2']:+.2f}",
-                        flush=True,
-                    )
-                    facts = {"head": head, "seed": seed} | record | provenance()
-                    results.write(json.dumps(facts) + "\n")
+            for found in by_shell(run, dataset):
+                what = {"atoms": found["atoms"], "shell": found["shell"]}
+                record(RESULTS, {"head": head, "seed": seed} | what, found)
 
 
 if __name__ == "__main__":

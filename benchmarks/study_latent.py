@@ -10,26 +10,24 @@ Networks whose elements are free embeddings, so that nothing is told beforehand,
 
 For each: silhouette and nearest-neighbour purity of the 30 metals' mean features on the same atoms,
 by group and by row, with the mean and the p-value of random exchanges of the labels, and the same
-of the network before training. Appends to results/latent.jsonl; pictures: `orbq embed RUN... DATA`.
+of the network before training. Writes results/latent.jsonl; pictures: `orbq embed RUN... DATA`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import trained
+from study import record, trained
 from tmc_data import make_grown
 
 import orbq
 from orbq import embed
 from orbq.data import open_dataset
 from orbq.elements import METALS
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "base.toml"
@@ -74,7 +72,7 @@ def clusters(run: orbq.Run, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Train, look, append, print."""
+    """Train, look, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -88,11 +86,9 @@ def main() -> None:
                 words,
                 given.work / "latent" / f"{arm}-{seed}",
             )
-            with RESULTS.open("a", encoding="utf-8") as results:
-                for found in clusters(run, words["@data"]):
-                    facts = {"arm": arm, "seed": seed} | found
-                    results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")
-                    print(json.dumps(facts), flush=True)
+            for found in clusters(run, words["@data"]):
+                what = {name: found.pop(name) for name in ("state", "by", "statistic")}
+                record(RESULTS, {"arm": arm, "seed": seed} | what, found)
 
 
 if __name__ == "__main__":

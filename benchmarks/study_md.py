@@ -9,13 +9,12 @@ fault. Of the test split the first structures of
 ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from where the
 data have them. Told for each: the mean temperature of the second half, the shortest distance in
 units of the sum of covalent radii, and the largest stretch of a bond it began with. "stable": no
-distance below 0.6, no bond beyond 1.6 times its first length. Appends to results/md.jsonl.
+distance below 0.6, no bond beyond 1.6 times its first length. Writes results/md.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from ase.calculators.calculator import Calculator
 from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
-from study import trained
+from study import record, trained
 from tblite.ase import TBLite
 from tmc_data import CONFIG, make_grown, make_hot, taught
 
 import orbq
 from orbq.data import open_dataset, split_of
-from orbq.study.run import provenance
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "md.jsonl"
@@ -109,7 +107,7 @@ def dynamics(atoms: Atoms, calculator: Calculator, picoseconds: float) -> dict[s
 
 
 def main() -> None:
-    """Train, run, append, print."""
+    """Train, run, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
     parser.add_argument("--ps", type=float, default=2.0, help="length of each trajectory")
@@ -125,11 +123,8 @@ def main() -> None:
         run = None if arm == ITSELF else trained(CONFIG, [*COMMON, *ARMS[arm]], words, place / arm)
         for name, atoms in held_out(words["@data"], given.n):
             calculator = _gfn1(atoms) if run is None else orbq.Calculator(run)
-            facts = {"arm": arm, "complex": name, "ps": given.ps}
-            facts |= dynamics(atoms, calculator, given.ps)
-            print(json.dumps(facts), flush=True)
-            with RESULTS.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(facts | {"provenance": provenance()}) + "\n")
+            what = {"arm": arm, "complex": name, "ps": given.ps}
+            record(RESULTS, what, dynamics(atoms, calculator, given.ps))
 
 
 if __name__ == "__main__":
