@@ -2,7 +2,8 @@
 
 A study is a table: name -> overrides of the configuration. Each name is an ablation of its own in
 ``WORK/STUDY/NAME``, which goes on where it was stopped; two processes may share a study by --part.
-Words in overrides ("@data") stand for paths. Studies of single runs share ``trained`` and ``record``.
+Words in overrides ("@data") stand for paths. Studies of single runs share ``trained`` and
+``record``.
 """
 
 from __future__ import annotations
