@@ -6,15 +6,14 @@
 XLA compiles for a device by its description alone. For each of bench_step.py's settings and each
 batch size of bench_accelerator.py: CPU seconds to trace and to compile, memory of the program and
 its arguments, the number of kernels, and on a TPU operations and bytes as XLA counts them; then the
-step that eight devices share, with what they send each other. Nothing runs, so that no time of a
-step is told, and XLA cannot try variants of a kernel, which takes most of the time of a first call
-on a device. Appends to results/ahead.jsonl.
+step that eight devices share, with what they send each other, and an exported potential
+(`orbq export`) for 1,000 atoms. Nothing runs, so that no time of a step is told, and XLA does not
+try variants of a kernel as it does on a device. Writes results/ahead.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import time
@@ -32,13 +31,19 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_t
 import jax
 import numpy as np
 from bench_accelerator import FULL, complexes, make_batch, make_model, versions
-from bench_step import SETTINGS, circumstances
+from bench_step import SETTINGS
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from study import record
 
+import orbq
+from orbq import stablehlo
 from orbq.train import DEVICES
 
-RESULTS = Path(__file__).parent / "results" / "ahead.jsonl"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "ahead.jsonl"
+POTENTIAL = HERE / "models" / "acac" / "energy-only"
+ATOMS, EDGES = 1000, 20_000  # of the exported potential
 SHARED = 8  # devices that share a step
 # XLA's description of an H200: limits of a block and a core, cores, bandwidth, memory
 H200 = """
@@ -110,20 +115,27 @@ def ahead(platform: str, setting: str, n: int, shared: bool) -> dict[str, Any]:
         jax.tree.map(stacked if shared else placed, batch),
         jax.tree.map(placed, model.hyper),
     )
-    start = time.process_time()
-    lowered = jax.jit(model.step, donate_argnums=0).lower(*arguments)
-    traced = time.process_time()
-    compiled = lowered.compile()
-    end = time.process_time()
-    memory, program = compiled.memory_analysis(), compiled.as_text()
-    cost = compiled.cost_analysis() or {}  # of a GPU's programs none is known without it
-    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    step = jax.jit(model.step, donate_argnums=0)
     return {
-        "device": mesh.devices.flat[0].device_kind,
         "devices": int(mesh.size),
         "atoms": len(batch.positions),
         "edges": len(batch.graph.senders),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        **compiled(step, *arguments),
+    }
+
+
+def compiled(function: Any, *arguments: Any) -> dict[str, Any]:
+    """What compiling takes and gives."""
+    start = time.process_time()
+    lowered = function.lower(*arguments)
+    traced = time.process_time()
+    made = lowered.compile()
+    end = time.process_time()
+    memory, program = made.memory_analysis(), made.as_text()
+    cost = made.cost_analysis() or {}  # of a GPU's programs none is known without it
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
         "trace_cpu_s": round(traced - start, 2),
         "compile_cpu_s": round(end - traced, 2),
         "memory_mb": round((used - memory.alias_size_in_bytes) / 2**20, 1),
@@ -134,21 +146,40 @@ def ahead(platform: str, setting: str, n: int, shared: bool) -> dict[str, Any]:
     }
 
 
+def exported(platform: str) -> dict[str, Any]:
+    """Compile the program that `orbq export` writes."""
+    run = orbq.load(POTENTIAL)
+    mesh = Mesh(devices_of(platform, 1), (DEVICES,))
+    whole, sizes = NamedSharding(mesh, PartitionSpec()), {"n": ATOMS, "e": EDGES}
+    arguments = [
+        jax.ShapeDtypeStruct(
+            [sizes.get(x.strip(), 3) for x in shape.split(",") if x],
+            dtype or run.config.training.precision,
+            sharding=whole,
+        )
+        for dtype, shape, _ in stablehlo.INPUTS.values()
+    ]
+    program = stablehlo.lowered(run, None, stablehlo.PLATFORMS)
+    found = {"devices": 1, "atoms": ATOMS, "edges": EDGES}
+    return found | compiled(jax.jit(program.call), *arguments)
+
+
 def main() -> None:
-    """Compile, print, append line by line."""
+    """Compile and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("platform", choices=("cuda", "tpu"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--sizes", nargs="+", type=int, default=FULL.sizes)
     given = parser.parse_args()
-    where = {**circumstances(), "versions": versions()}
+    device = devices_of(given.platform, 1)[0].device_kind
+    facts = {"device": device, "versions": versions()}
     for setting in given.settings:
         for n, shared in [*((n, False) for n in given.sizes), (given.sizes[-1], True)]:
-            facts: dict[str, Any] = {"platform": given.platform, "setting": setting}
-            facts |= {"structures": n} | ahead(given.platform, setting, n, shared)
-            print(json.dumps(facts), flush=True)
-            with RESULTS.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(facts | where) + "\n")
+            what = {"platform": given.platform, "setting": setting, "structures": n}
+            what["shared"] = shared
+            record(RESULTS, what, ahead(given.platform, setting, n, shared) | facts)
+    what = {"platform": given.platform, "setting": "exported"}
+    record(RESULTS, what, exported(given.platform) | facts)
 
 
 if __name__ == "__main__":
