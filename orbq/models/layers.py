@@ -21,8 +21,6 @@ from orbq.models.tensor_product import edge_tensor_product, paths
 
 MODULATION = 0.1  # variance of what modulates by a factor 1 + x
 SPECIES = ("shells", "free")
-ACTIVATIONS = ("full", "bfloat16")
-KERNELS = ("xla", "cuequivariance")
 
 
 class Geometry(NamedTuple):
@@ -49,8 +47,8 @@ class Settings(NamedTuple):
     radial_damping: the n-th of them is divided by n to this power; radial_hidden: widths of the
     radial network. avg_num_neighbors: mean neighbours within the
     cutoff, the scale of messages. activations: type of the layers' features and matrix products,
-    one of ACTIVATIONS ("full": that of the positions). kernels: what computes messages, one of
-    KERNELS.
+    "full" (that of the positions) or "bfloat16". kernels: what computes messages, "xla" or
+    "cuequivariance".
     """
 
     elements: tuple[int, ...]

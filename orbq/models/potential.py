@@ -57,9 +57,9 @@ class Architecture(NamedTuple):
 
     species: what the network knows of the elements, layers.SPECIES. heads: target ->
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
-    share one second energy readout). activations: type of the layers' features, layers.ACTIVATIONS;
-    geometry, readouts, heads and sums keep the positions' type. kernels: what computes messages,
-    layers.KERNELS; the parameters are the same.
+    share one second energy readout). activations: type of the layers' features, "full" or
+    "bfloat16"; geometry, readouts, heads and sums keep the positions' type. kernels: what computes
+    messages, "xla" or "cuequivariance"; the parameters are the same.
     """
 
     backbone: str = "nequip"
