@@ -20,7 +20,6 @@ from orbq.models.radial import bessel_basis, bond_basis, polynomial_cutoff, safe
 from orbq.models.tensor_product import edge_tensor_product, paths
 
 MODULATION = 0.1  # variance of what modulates by a factor 1 + x
-SPECIES = ("shells", "free")
 
 
 class Geometry(NamedTuple):
@@ -41,14 +40,13 @@ class Geometry(NamedTuple):
 class Settings(NamedTuple):
     """What backbones are built from; each takes what it knows.
 
-    elements: atomic numbers, ascending. species: what is known of them, one of SPECIES. cutoff: Å.
-    lmax: highest degree of features and harmonics; lmax_hidden: of the node features between the
-    layers of a backbone that builds its degrees in each layer anew. n_radial: basis functions;
-    radial_damping: the n-th of them is divided by n to this power; radial_hidden: widths of the
-    radial network. avg_num_neighbors: mean neighbours within the
-    cutoff, the scale of messages. activations: type of the layers' features and matrix products,
-    "full" (that of the positions) or "bfloat16". kernels: what computes messages, "xla" or
-    "cuequivariance".
+    elements: atomic numbers, ascending. species: what is known of them, "shells" or "free".
+    cutoff: Å. lmax: highest degree of features and harmonics; lmax_hidden: of the node features
+    between the layers of a backbone that builds its degrees in each layer anew. n_radial: basis
+    functions; radial_damping: the n-th of them is divided by n to this power; radial_hidden: widths
+    of the radial network. avg_num_neighbors: mean neighbours within the cutoff, the scale of
+    messages. activations: type of the layers' features and matrix products, "full" (that of the
+    positions) or "bfloat16". kernels: what computes messages, "xla" or "cuequivariance".
     """
 
     elements: tuple[int, ...]

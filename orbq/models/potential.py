@@ -55,7 +55,7 @@ class Constants(NamedTuple):
 class Architecture(NamedTuple):
     """Structure of the network: another value is another compilation. Units Å.
 
-    species: what the network knows of the elements, layers.SPECIES. heads: target ->
+    species: what the network knows of the elements, "shells" or "free". heads: target ->
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
     share one second energy readout). activations: type of the layers' features, "full" or
     "bfloat16"; geometry, readouts, heads and sums keep the positions' type. kernels: what computes
