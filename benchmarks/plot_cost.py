@@ -6,7 +6,9 @@ CPU seconds of everything that is computed for a network: DFT of its structures 
 teach, GFN1-xTB labels of the complexes without DFT (label_cost.jsonl, a structure) and the network
 taught by them (TEACHING_S); then its training (the records of tmc_grown*.jsonl). Geometries are
 left out on both sides. "first" counts all of it; "further" what a second data set costs, when the
-taught network is at hand. Prints the tables and writes results/tmc_cost.png.
+taught network is at hand. Of an arm's forms (FORMS) that with the smallest error of energies in
+validation stands for it, at each number of structures. Prints the tables and writes
+results/tmc_cost.png.
 """
 
 from __future__ import annotations
@@ -14,30 +16,29 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.ticker import NullLocator
-from plot_tmc import ALL, CURVES, LABELS, RESULTS, UNITS, kind_and_size
+from plot_tmc import CURVES, LABELS, RESULTS, UNITS, kind_and_size
 
 from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
-STUDIES = ("sizes_hot", "long", "hot", "guided_hot")
+STUDIES = ("sizes_hot", "long", "hot", "guided_hot", "guided_longer")
 ARMS = {arm: CURVES[arm] for arm in ("long", "kept_hot")}
-GUIDED = (100, 200)  # structures with DFT, of which guided references are better
-BEST = {  # what an arm and size stands for; "": nothing
-    ("long", ALL): "",
-    ("longest", ALL): "long",
-    **{("kept_hot", n): "" for n in GUIDED},
-    **{("guided", n): "kept_hot" for n in GUIDED},
-}
+FORMS = {"long": ("long", "longest"), "kept_hot": ("kept_hot", "guided", "longer")}
+MEASURE = "energy_mae_meV"  # in validation, by which a form is chosen
 TAUGHT = 21_396  # structures of tmc_data.make_hot
-TEACHING_S = 228.0  # of 20,000 steps: "seconds" of the taught run's summary.json, one idle core
+# of 20,000 steps, and of "longer": "seconds" of the taught run's summary.json, one idle core
+TEACHING_S = {"kept_hot": 228.0, "guided": 228.0, "longer": 3 * 228.0}
+N_SPLITS = 4
 
 
 class Point(NamedTuple):
-    """Means over the splits: CPU seconds of each part, and errors by label."""
+    """Means over the splits: CPU seconds of each part, and errors by label, of the form chosen."""
 
+    form: str
     dft: float
     gfn1: float
     training: float
@@ -56,19 +57,21 @@ def points() -> dict[str, dict[int, Point]]:
         path = RESULTS / f"tmc_grown_{study}.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            kind, size = kind_and_size(record["ablation"])
-            records[BEST.get((kind, size), kind), size].append(record)
+            records[kind_and_size(record["ablation"])].append(record)
+    sizes = sorted({size for _, size in records})
     found: dict[str, dict[int, Point]] = {arm: {} for arm in ARMS}
-    for (arm, size), runs in sorted(records.items(), key=lambda item: item[0][1]):
-        if arm in found:
-            found[arm][size] = Point(
-                dft=size * cost["mean_s"]["dft"],
-                gfn1=(TAUGHT * cost["mean_s"]["gfn1"] + TEACHING_S) * (arm != "long"),
-                training=float(
-                    np.mean([r["program_cpu_seconds"] / r["program_runs"] for r in runs])
-                ),
-                errors={m: float(np.mean([r["test"][m] for r in runs])) for m in LABELS},
-            )
+    for arm, size in ((a, n) for a in ARMS for n in sizes):
+        forms = {kind: records[kind, size] for kind in FORMS[arm] if (kind, size) in records}
+        forms = {kind: runs for kind, runs in forms.items() if len(runs) >= N_SPLITS}
+        kind = min(forms, key=lambda kind: mean(r["validation"][MEASURE] for r in forms[kind]))
+        gfn1 = TAUGHT * cost["mean_s"]["gfn1"] + TEACHING_S.get(kind, 0.0)
+        found[arm][size] = Point(
+            form=kind,
+            dft=size * cost["mean_s"]["dft"],
+            gfn1=gfn1 * (arm != "long"),
+            training=mean(r["program_cpu_seconds"] / r["program_runs"] for r in forms[kind]),
+            errors={m: mean(r["test"][m] for r in forms[kind]) for m in LABELS},
+        )
     return found
 
 
@@ -85,17 +88,15 @@ def main() -> None:
     """Print the tables, draw the picture."""
     found = points()
     print(
-        "| arm | structures with DFT | DFT, CPU s | GFN1, teaching | training | "
+        "| arm | form | structures with DFT | DFT, CPU s | GFN1, teaching | training | "
         + " | ".join(f"{name}, {UNITS[m]}" for m, name in LABELS.items())
         + " |"
     )
     for arm, curve in found.items():
         for size, p in curve.items():
-            errors = " | ".join(f"{p.errors[m]:.0f}" for m in LABELS)
-            print(
-                f"| {ARMS[arm]} | {size} | {p.dft:,.0f} | {p.gfn1:,.0f} | {p.training:,.0f} |"
-                f" {errors} |"
-            )
+            seconds = (f"{s:,.0f}" for s in (p.dft, p.gfn1, p.training))
+            errors = (f"{p.errors[m]:.0f}" for m in LABELS)
+            print("|", " | ".join((ARMS[arm], p.form, str(size), *seconds, *errors)), "|")
     base, own = (found[arm] for arm in ARMS)
     print("| to reach | alone, CPU s | with labels, first | ratio | with labels, further | ratio |")
     for metric, name in LABELS.items():

@@ -41,6 +41,7 @@ ARMS = {  # beginning of an ablation's name, or arm within `own` -> what it is
     "kept_hot": "the same, of distorted complexes too",
     "hot_long": "the same, 12,000 steps",
     "guided": "the same, guided references",
+    "longer": "the same, guided references, after 60,000 steps on labels",
 }
 PAIRS = (
     ("first_all", "first_forces"),
@@ -52,6 +53,9 @@ PAIRS = (
     ("kept_hot", "longest"),
     ("hot_long", "kept_hot"),
     ("hot_long", "long"),
+    ("longer", "kept_hot"),
+    ("longer", "long"),
+    ("longer", "longest"),
     ("onsite", "dft"),
     ("orbital", "dft"),
     ("onsite_long", "long"),
@@ -62,6 +66,7 @@ CURVES = {  # baseline first; as much CPU time each
     "long": BASELINE,
     "kept_hot": "after GFN1 labels of other complexes",
     "guided": "and with guided references",
+    "longer": "and taught three times as long",
 }
 ALL = 814  # mean size of the four training splits
 
@@ -143,6 +148,13 @@ def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
                     gain, factor = compare(base, arm[n], n)
                     end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
                     print(f"| | {name} | {_mean(arm[n]):.0f} | {end} |")
+    for arm, base in (("guided", "kept_hot"), ("longer", "guided"), ("longer", "kept_hot")):
+        for n in sorted({*curves["energy_mae_meV"][arm]} & {*curves["energy_mae_meV"][base]}):
+            both = [
+                f"{name} {change_text(change(curves[m][arm][n], curves[m][base][n])[0])}"
+                for m, name in LABELS.items()
+            ]
+            print(f"{n}: {arm} against {base}: {', '.join(both)}")
 
 
 def _mean(errors: Errors) -> float:
