@@ -184,11 +184,11 @@ def measured(run: orbq.Run, task: Task) -> tuple[dict[str, Any], dict[str, np.nd
     sums = {"energy": np.abs(difference)}
     if forces := evaluation.values.get("forces"):
         sums["forces"] = np.bincount(structure, np.abs(forces.predicted - forces.label).sum(-1))
-    centred = []
-    for symbol in UNSEEN_METALS:
-        holds = structure[evaluation.numbers == atomic_numbers[symbol]]
-        centred.append(difference[holds] - np.median(difference[holds]))
     if task.unseen_metals:
+        centred = []
+        for symbol in UNSEEN_METALS:
+            holds = structure[evaluation.numbers == atomic_numbers[symbol]]
+            centred.append(difference[holds] - np.median(difference[holds]))
         errors["energy_mae_meV_centred"] = float(np.abs(np.concatenate(centred)).mean())
     return {"n_test": len(difference), "errors": errors}, sums
 
@@ -196,7 +196,7 @@ def measured(run: orbq.Run, task: Task) -> tuple[dict[str, Any], dict[str, np.nd
 def change(arm: list[np.ndarray], base: list[np.ndarray], groups: np.ndarray) -> list[float]:
     """Relative change of a mean absolute error, with the bounds of its interval.
 
-    arm, base: absolute errors of every structure, [n] of each replicate. groups: [n].
+    arm, base: absolute errors of every structure, [n] of each replicate. groups: [n], from 0.
     """
     n = groups.max() + 1
     after, before = (np.bincount(groups, np.sum(errors, axis=0)) for errors in (arm, base))
@@ -228,6 +228,8 @@ def main() -> None:
             for label, values in of_structures.items():
                 sums[arm][label].append(values)
         groups = np.unique(Dataset.open(task.held_out)["group"], return_inverse=True)[1]
+        if not groups.any():  # molecules, each a group of its own
+            groups = np.arange(len(groups))
         for arm in arms[1:]:
             changes = {x: change(sums[arm][x], base, groups) for x, base in sums[arms[0]].items()}
             record(RESULTS, {"task": name, "change": arm, "replicates": given.replicates}, changes)
