@@ -54,10 +54,10 @@ Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Rates = Annotated[tuple[Rate, ...], Field(strict=False)]
 
-# 'fit', 'guided' (by GFN1-xTB energies), or a table of element symbol -> energy of the isolated
-# atom in eV
+# 'fit', 'guided' (by GFN1-xTB energies), 'taught' (with the energy readout of training.initial), or
+# a table of element symbol -> energy of the isolated atom in eV
 References = Annotated[
-    Annotated[Literal["fit", "guided"], Tag("<word>")]
+    Annotated[Literal["fit", "guided", "taught"], Tag("<word>")]
     | Annotated[dict[str, float], Tag("<table>")],
     Discriminator(lambda value: "<table>" if isinstance(value, dict) else "<word>"),
 ]

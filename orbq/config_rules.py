@@ -30,7 +30,16 @@ def _references_rule(config: Config) -> list[Problem]:
     table = config.data.references
     unknown = [s for s in table if s not in SYMBOLS[1:]] if isinstance(table, dict) else []
     text = "not an element symbol of Z = 1..86, write it as in H = -13.6 (eV)"
-    return [Problem(f"data.references.{symbol}", text) for symbol in unknown]
+    problems = [Problem(f"data.references.{symbol}", text) for symbol in unknown]
+    if table != "taught":
+        return problems
+    if not config.training.initial:
+        text = "is 'taught', by the run of training.initial: name one, or set 'fit' or 'guided'"
+        problems.append(Problem("data.references", text, ("training.initial",)))
+    if config.training.pretrain_steps:
+        text = "is 'taught', so by the network that training begins with: set pretrain_steps = 0"
+        problems.append(Problem("data.references", text, ("training.pretrain_steps",)))
+    return problems
 
 
 def _schedule_rule(config: Config) -> list[Problem]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,7 @@ from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
-from orbq.preprocess.references import Fit, References, fit_pool_references, pool_elements
+from orbq.preprocess.references import Fit, References, fit_of, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
 from orbq.schema import FIELDS
 from orbq.splits import split
@@ -147,10 +147,14 @@ def split_of(config: Config, dataset: Dataset) -> dict[str, np.ndarray]:
     return parts
 
 
-def prepare(config: Config, n_batches: int = 1) -> TrainingData:
+def prepare(
+    config: Config, n_batches: int = 1, taught: Callable[[Pool], References] | None = None
+) -> TrainingData:
     """Open, split, check and measure the data of a configuration.
 
     n_batches: packed batches of an update, which together hold training.batch_size structures.
+    taught: gives the reference energies by a network, of the training structures, if
+    data.references = "taught"; without it they are fitted without the network.
 
     Raises InputError for data that cannot serve it: a missing label, a leak, an unknown element.
     """
@@ -177,7 +181,7 @@ def prepare(config: Config, n_batches: int = 1) -> TrainingData:
     terms = tuple(n for n in ("energy", "forces") if getattr(weights, n) > 0)
     terms += tuple(weights.auxiliary())
     stats = {n: _statistics(n, teaching) for n in terms if n in PER_ATOM}
-    fits = _fit_references(config, pools["train"], teaching, terms)
+    fits = _fit_references(config, pools["train"], teaching, terms, taught)
     elements = pool_elements(teaching)
     _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
     scales = {n: max(f.std, _ENERGY_FLOOR) for n, f in fits.items()}
@@ -206,7 +210,11 @@ def prepare(config: Config, n_batches: int = 1) -> TrainingData:
 
 
 def _fit_references(
-    config: Config, train: Pool, teaching: Pool, terms: tuple[str, ...]
+    config: Config,
+    train: Pool,
+    teaching: Pool,
+    terms: tuple[str, ...],
+    taught: Callable[[Pool], References] | None,
 ) -> dict[str, Fit]:
     """References of the energies trained on; the reference energy's from ``train`` alone."""
     wanted = config.data.references
@@ -215,7 +223,9 @@ def _fit_references(
     fits = {}
     if "xtb_energy" in terms or guided:
         fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
-    if "energy" in terms:
+    if "energy" in terms and wanted == "taught" and taught:
+        fits["energy"] = fit_of(train, taught(train))
+    elif "energy" in terms:
         charge = config.data.charge_reference
         guide = ("xtb_energy", fits["xtb_energy"].references) if guided else None
         fits["energy"] = fit_pool_references(train, "energy", given, charge, guide)

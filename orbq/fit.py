@@ -96,7 +96,7 @@ def fit(
     layout = devices.choose(parts, begun)
     own = directory if begun else None
     # in the main process first: caches are written once
-    data = devices.main_first(lambda: prepare_from(config, layout.parts, own))
+    data = devices.main_first(lambda: prepare_from(config, layout.parts, own, directory))
     told = reporter if reporter and devices.is_main() else Silent()
     for note in data.initial.notes if data.initial else ():
         told.warned(note)

@@ -21,13 +21,18 @@ import numpy as np
 from orbq import checkpoint
 from orbq.config import Config, Model
 from orbq.data import TrainingData, prepare, refuse_taught, split_of
+from orbq.devices import is_main
 from orbq.errors import InputError, OrbqError
 from orbq.evaluate import IDENTITY
-from orbq.models.potential import Constants, Params
+from orbq.models.potential import Constants, Params, Potential
 from orbq.orbitals import SYMBOLS
-from orbq.preprocess.store import Dataset
+from orbq.preprocess.pool import Pool
+from orbq.preprocess.references import References
+from orbq.preprocess.store import Dataset, write_atomically
+from orbq.probe import Probe, fit_probe
 from orbq.run import (
     CHECKPOINTS,
+    PROBE_FILE,
     RUN_FILE,
     STATISTICS_FILE,
     Run,
@@ -50,13 +55,15 @@ class Initial(NamedTuple):
 
     constants: what gives its parameters their meaning. params: None when the new run has them
     already. facts: the directory, and the SHA-256 of the parameters. notes: what could not be
-    checked.
+    checked. potential: of the parameters. probe: what was fitted before training, if anything was.
     """
 
     constants: Constants
     params: Params | None
     facts: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    potential: Potential | None = None
+    probe: Probe | None = None
 
 
 def check_apart(config: Config) -> None:
@@ -103,25 +110,53 @@ def with_own_copy(config: Config, directory: Path) -> Config:
     return config.model_copy(update={"training": training})
 
 
-def prepare_from(config: Config, n_batches: int = 1, own: Path | None = None) -> TrainingData:
+def prepare_from(
+    config: Config, n_batches: int = 1, own: Path | None = None, keep: Path | None = None
+) -> TrainingData:
     """``data.prepare``, with the constants and parameters of the run that training begins from.
 
     own: the directory of this very run if it is gone on with; once it has a checkpoint, the initial
-    run is not looked at again.
+    run is not looked at again. keep: where the main process writes what it fits by the initial run
+    (data.references = "taught"), and where it is read by the others and later.
 
     Raises InputError as ``prepare`` does, when training.initial names no trained run, or one of
     another network, another xTB method or fewer elements, or one that was trained on structures
     that are held out here.
     """
-    initial = _read(config, own)
-    data = prepare(config, n_batches)
-    if initial is None:
-        return data
+    found = _read(config, own)
+    if found is None:
+        return prepare(config, n_batches)
+    initial: Initial = found
+    probes: list[Probe] = []
+
+    def taught(train: Pool) -> References:
+        probes.append(_probe(config, initial, train, keep))
+        return probes[0].references
+
+    data = prepare(config, n_batches, taught)
     name = config.training.initial
     constants = _inherited(name, initial.constants, data)
     if initial.params is not None:
         initial = initial._replace(notes=tuple(_check_no_leak(name, data)))
+    if probes:
+        params = initial.params and probes[0].into(initial.params)
+        initial = initial._replace(params=params, probe=probes[0])
     return data._replace(constants=constants, initial=initial)
+
+
+def _probe(config: Config, initial: Initial, train: Pool, keep: Path | None) -> Probe:
+    path = keep / PROBE_FILE if keep else None
+    if path and (initial.params is None or not is_main()):
+        try:
+            return Probe.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, InputError) as error:
+            raise OrbqError(f"{path} is damaged ({error}): start anew with --overwrite") from error
+    assert initial.params is not None and initial.potential is not None
+    charge, dtype = config.data.charge_reference, config.training.precision
+    probe = fit_probe(initial.potential, initial.params, train, charge, dtype)
+    if path:
+        write_atomically(path, probe.to_json())
+    return probe
 
 
 def started_from(initial: Initial | None, state: TrainState) -> TrainState:
@@ -166,7 +201,7 @@ def _read(config: Config, own: Path | None) -> Initial | None:
             "yet: start anew with --overwrite"
         )
     params = run.params if run.taught_energy else taught_readout(run.params)
-    return Initial(run.potential.constants, params, facts)
+    return Initial(run.potential.constants, params, facts, potential=run.potential)
 
 
 def _load(name: str) -> Run:

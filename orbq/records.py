@@ -25,8 +25,10 @@ from orbq.preprocess.links import refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
 from orbq.preprocess.store import Dataset, write_atomically
+from orbq.probe import Probe
 from orbq.run import (
     METRICS,
+    PROBE_FILE,
     RUN_FILE,
     STATISTICS_FILE,
     read_description,
@@ -36,7 +38,8 @@ from orbq.run import (
 )
 
 NONFINITE = "nonfinite.jsonl"
-_BEGUN = {STATISTICS_FILE, f"{RUN_FILE}.tmp"}  # all there is of a run stopped before its run.json
+# all there is of a run stopped before its run.json
+_BEGUN = {STATISTICS_FILE, PROBE_FILE, f"{PROBE_FILE}.tmp", f"{RUN_FILE}.tmp"}
 _FOREIGN = ("wandb",)  # where Weights & Biases makes links of its own, some to its cache
 _RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
 
@@ -156,7 +159,14 @@ def facts_of(
         "scales": {n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in scales},
         "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         **({"initial": dict(data.initial.facts)} if data.initial else {}),
+        **({"probe": _of_probe(data.initial.probe)} if data.initial and data.initial.probe else {}),
     }
+
+
+def _of_probe(probe: Probe) -> dict[str, Any]:
+    """NaN, which JSON has not, as None."""
+    error = None if np.isnan(probe.error) else 1e3 * probe.error
+    return {"strength": probe.strength, "leave_one_out_meV": error}
 
 
 def describe(directory: Path, config: Config, data: TrainingData, facts: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 RUN_VERSION = 1
 RUN_FILE = "run.json"
 STATISTICS_FILE = "statistics.npz"
+PROBE_FILE = "probe.json"  # of a run with data.references = "taught"
 CHECKPOINTS = "checkpoints"
 EMBEDDED = ("gfn1-metals",)  # trained runs that are part of the package; orbq/data/README.md
 METRICS = "metrics.jsonl"

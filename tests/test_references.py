@@ -42,13 +42,33 @@ def test_exact_energies_are_recovered(seed, slope):
     # totals of 1e4 eV in float64 leave 1e-12 relative, times a condition number below 100
     assert np.allclose(fit.references.element, np.where(fit.references.known, E, 0), atol=1e-7)
     assert fit.references.charge == 0.0 and fit.std < 1e-7 and fit.n == 40
-    # atoms first: the charge explains only what the atoms leave
     charge[:20] = 1.0
-    both = fit_references(numbers, atoms, charge)
-    assert abs(both.references.charge) < 1e-7
+    both = fit_references(numbers, atoms + slope * charge, charge)
+    assert both.references.charge == pytest.approx(slope, abs=1e-7)
+    assert np.allclose(both.references.element, fit.references.element, atol=1e-6)
 
 
-def test_charge_is_fitted_on_what_the_atoms_leave():
+def test_charges_that_go_with_an_element_are_not_taken_for_its_energy():
+    """Fitted one after the other, the atoms would take most of the slope: errors of many eV."""
+    rng = np.random.default_rng(0)
+    numbers = molecules(60, 1)
+    oxygen = np.array([(n == 8).sum() for n in numbers])
+    charge = -oxygen + rng.integers(0, 2, 60)
+    energies = np.array([E[n].sum() for n in numbers]) - 4.0 * charge + rng.normal(0, 0.1, 60)
+    found = fit_references(numbers, energies, charge).references
+    assert found.charge == pytest.approx(-4.0, abs=0.2)
+    assert np.abs(found.element - E)[[1, 6, 7, 8]].max() < 0.3
+
+
+def test_where_the_composition_tells_the_charge_the_atoms_come_first():
+    numbers = [np.append(n, 26) if i % 2 else n for i, n in enumerate(molecules(40))]
+    charge = np.array([0, 1] * 20)
+    fit = fit_references(numbers, np.array([E[n].sum() for n in numbers]), charge)
+    assert abs(fit.references.charge) < 1e-7
+    assert fit.references.element[26] == pytest.approx(E[26], abs=1e-6)
+
+
+def test_the_slope_in_the_charge():
     water, methane = WATER, METHANE[:3]
     numbers, charge = [water, methane, water[:2], methane] * 2, np.repeat([1, -1], 4)
     energies = np.array([E[n].sum() for n in numbers]) + 5.5 * charge

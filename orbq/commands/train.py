@@ -126,6 +126,7 @@ class Display:
         rows = {
             "run": facts["directory"],
             **({"begun from": facts["initial"]["directory"]} if "initial" in facts else {}),
+            **_probed(facts.get("probe")),
             "structures": _pairs(facts["structures"]),
             "labels": _pairs(labels),
             "parameters": f"{facts['n_parameters']:,}",
@@ -180,6 +181,14 @@ def _losses(record: dict[str, Any]) -> str:
         terms.pop(other, None)
     total = {"total": terms.pop("loss")} if "loss" in terms else {}
     return ", ".join(f"{name} {value:.4g}" for name, value in (total | terms).items())
+
+
+def _probed(probe: dict[str, Any] | None) -> dict[str, str]:
+    if probe is None:
+        return {}
+    error = probe["leave_one_out_meV"]
+    said = "" if error is None else f"; a structure left out is missed by {error:,.0f} meV"
+    return {"references": f"fitted with the energy readout it begins from{said}"}
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -237,6 +237,28 @@ def node_features(
     return jnp.asarray(features.scalars[-1], positions.dtype)
 
 
+def last_weights(params: Params) -> dict[str, Any]:
+    """The weights of the energy readout in which energies are linear."""
+    return {name: leaf for name, leaf in params["energy"].items() if name.startswith("layer")}
+
+
+def readout_features(
+    potential: Potential,
+    params: Params,
+    positions: Float[Array, "N 3"],
+    graph: jraph.GraphsTuple,
+) -> Float[Array, "S K"]:
+    """Derivatives of every structure's energy (eV) with respect to ``last_weights``, leaf by leaf:
+    what a linear model of the energy can use of all that the network knows."""
+
+    def energies(last: Any) -> Array:
+        readout = {**params["energy"], **last}
+        return potential.apply({**params, "energy": readout}, positions, graph)[0]
+
+    found = jax.tree.leaves(jax.jacrev(energies)(last_weights(params)))
+    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in found], axis=1)
+
+
 def energy_fn(potential: Potential) -> Callable[..., Array]:
     """``(params, positions, graph) -> energy`` (eV, relative to the references), summed over the
     batch's real structures; its ``-jax.grad(..., argnums=1)`` are the forces (eV/Å)."""

@@ -2,9 +2,10 @@
 
     E0(structure) = sum over atoms of element[Z] + charge * Q
 
-Fitted by least squares on the training structures alone: atoms first, then the slope in the total
-charge Q on what the atoms leave. Elements that occur in fixed ratios only cannot be told apart;
-they get the solution of least norm, with a warning. Isolated-atom energies may be given instead.
+Fitted by least squares on the training structures alone, atoms and the slope in the total charge Q
+together; where the composition alone tells the charge, the atoms first, and the slope on what they
+leave. Elements that occur in fixed ratios only cannot be told apart; they get the solution of least
+norm, with a warning. Isolated-atom energies may be given instead.
 
 A guide is another energy of the same structures, less its own reference energies: GFN1-xTB's, of
 which many more structures are known. Its multiple joins the fit of the atoms and is left out of
@@ -153,20 +154,26 @@ def fit_pool_references(
     of an energy that goes with it, and its reference energies; structures without it count as 0.
     Raises InputError when no structure of the pool carries ``field``.
     """
-    return _fit(lambda: _pool_chunks(pool, field, guide), given, fit_charge, field)
+    return _fit(lambda: pool_chunks(pool, field, guide), given, fit_charge, field)
 
 
 def pool_elements(pool: Pool, field: str | None = None) -> np.ndarray:
     """Ascending atomic numbers in a pool; of the structures that carry ``field`` if given."""
     found = np.zeros(MAX_Z + 1, bool)
-    for chunk in _pool_chunks(pool, field):
+    for chunk in pool_chunks(pool, field):
         found[np.unique(chunk.numbers)] = True
     return np.flatnonzero(found)
 
 
-def _pool_chunks(
+def fit_of(pool: Pool, references: References, field: str = "energy") -> Fit:
+    """What given reference energies leave of the labelled structures of a pool."""
+    return _residual(lambda: pool_chunks(pool, field), references)
+
+
+def pool_chunks(
     pool: Pool, field: str | None, guide: tuple[str, References] | None = None
 ) -> Iterator[EnergyChunk]:
+    """The structures of a pool in its order; if ``field`` is given, those that carry it."""
     for part, rows in zip(pool.parts, pool.rows, strict=True):
         arrays = part.dataset.arrays
         for start in range(0, len(rows), _CHUNK):
@@ -212,42 +219,61 @@ def _fit(
     free = np.flatnonzero(present & ~known)
     charge = 0.0
     if len(free):
-        element[free], slope = _fit_elements(chunks, element, free)
-        charge = _fit_charge(chunks, element, slope) if fit_charge else 0.0
+        element[free], slope, found = _fit_elements(chunks, element, free, fit_charge)
+        if fit_charge:
+            charge = _fit_charge(chunks, element, slope) if found is None else found
     references = References(element, charge, bool(len(free)), known | present)
     return _residual(chunks, references)
 
 
 def _fit_elements(
-    chunks: Callable[[], Iterator[EnergyChunk]], element: np.ndarray, free: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Energies of the ``free`` elements, and the multiple of the guide if there is one, by a QR
-    decomposition built up chunk by chunk."""
-    column = np.full(MAX_Z + 1, -1)
-    column[free] = np.arange(len(free))
+    chunks: Callable[[], Iterator[EnergyChunk]],
+    element: np.ndarray,
+    free: np.ndarray,
+    fit_charge: bool,
+) -> tuple[np.ndarray, np.ndarray, float | None]:
+    """Energies of the ``free`` elements, the multiple of the guide if there is one, and the slope
+    in the charge, None if it cannot be told from these; by a QR decomposition built up chunk by
+    chunk."""
     triangle: np.ndarray | None = None
     for chunk in chunks():
         structure = np.repeat(np.arange(len(chunk.n_node)), chunk.n_node)
-        wanted = column[chunk.numbers] >= 0
-        cell = structure[wanted] * len(free) + column[chunk.numbers[wanted]]
-        counts = np.bincount(cell, minlength=len(chunk.n_node) * len(free))
         rest = chunk.energy - np.bincount(
             structure, weights=element[chunk.numbers], minlength=len(chunk.n_node)
         )
-        rows = np.column_stack([counts.reshape(-1, len(free)), chunk.guide, rest])
+        charge = np.asarray(chunk.total_charge, np.float64)
+        rows = np.column_stack([composition(chunk, free), chunk.guide, charge, rest])
         above = rows[:0] if triangle is None else triangle
         triangle = np.asarray(np.linalg.qr(np.concatenate([above, rows]), mode="r"))
     assert triangle is not None, "the caller found elements, so there are structures"
-    matrix, target = triangle[:, :-1], triangle[:, -1]
-    _warn_if_undetermined(matrix[:, : len(free)], free)
+    others, target = triangle[:, :-2], triangle[:, -1]
+    warn_if_undetermined(others[:, : len(free)], free)
+    along = triangle[:, -2]
+    beside = others @ np.linalg.lstsq(others, along, rcond=_RANK_TOLERANCE)[0]
+    size, left = np.linalg.norm(along), np.linalg.norm(along - beside)
+    told = fit_charge and left > _INDEPENDENT * size
+    matrix = triangle[:, :-1] if told else others
     solution = np.linalg.lstsq(matrix, target, rcond=_RANK_TOLERANCE)[0]
-    return solution[: len(free)], solution[len(free) :]
+    n = others.shape[1]
+    return solution[: len(free)], solution[len(free) : n], float(solution[n]) if told else None
 
 
+def composition(chunk: EnergyChunk, elements: np.ndarray) -> np.ndarray:
+    """[S, F] atoms of each of these elements (atomic numbers [F]) in every structure."""
+    column = np.full(MAX_Z + 1, -1)
+    column[elements] = np.arange(len(elements))
+    structure = np.repeat(np.arange(len(chunk.n_node)), chunk.n_node)
+    wanted = column[chunk.numbers] >= 0
+    cell = structure[wanted] * len(elements) + column[chunk.numbers[wanted]]
+    counts = np.bincount(cell, minlength=len(chunk.n_node) * len(elements))
+    return counts.reshape(-1, len(elements))
+
+
+_INDEPENDENT = 1e-6  # share of the charges that the composition must leave
 _RANK_TOLERANCE = 1e-10  # singular values of integer counts are zero to rounding or well above
 
 
-def _warn_if_undetermined(matrix: np.ndarray, free: np.ndarray) -> None:
+def warn_if_undetermined(matrix: np.ndarray, free: np.ndarray) -> None:
     """Name the elements that take part in a null direction of the composition matrix."""
     _, singular, right = np.linalg.svd(matrix, full_matrices=True)
     rank = int((singular > _RANK_TOLERANCE * singular[0]).sum())
