@@ -198,6 +198,26 @@ STUDIES["grown_guided_longer"] = {
     for n in (100, 200, 400, 0)
     for s, subset in SUBSETS.items()
 }
+# reference energies of atoms and charge fitted together, as from here on everywhere; and both with
+# the energy readout ("taught"). Split 10 chooses, the others report.
+_JOINT = {
+    "long": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG),
+    "longest": (*_OWN, *_ALONE, "ablation.seeds=[0]", "training.n_steps=36000"),
+    "guided": (*_first("longer", 0, FIRST_RATE), *_HOT, "data.references=guided"),
+    "taught": (*_first("longer", 0, FIRST_RATE), *_HOT, "data.references=taught"),
+}
+STUDIES["grown_joint_longer"] = {
+    f"{name}{n or ''}-{s}": (
+        *arm,
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for n in (100, 200, 0)
+    for s, subset in {10: 2, **SUBSETS}.items()
+    for name, arm in _JOINT.items()
+    if name != ("longest" if n else "long")
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS
@@ -225,7 +245,9 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             words["@hot"] = make_hot(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")
         rest = words["@hot" if distorted else "@rest"]
-        return words | {f"@{kind}{seed}": taught(place, rest, kind, seed) for seed in (0, 1)}
+        used = {f"@{kind}{seed}": seed for seed in (0, 1)}
+        said = " ".join(o for trial in STUDIES[study].values() for o in trial)
+        return words | {w: taught(place, rest, kind, s) for w, s in used.items() if w in said}
     for name in ("tmc", "tmc_unlabelled"):
         open_dataset(name)
     return {"@data": "tmc"}

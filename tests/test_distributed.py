@@ -202,15 +202,21 @@ def test_two_processes_share_a_run_and_are_preempted_together(data, one_device, 
 
 
 def test_two_processes_begin_with_the_network_of_another_run(data, one_device, tmp_path):
-    """``training.initial``: as one process does alone."""
+    """``training.initial``, and references by its network: as one process does alone."""
     reference = one_device[0]
     settings = {"initial": str(reference), "pretrain_steps": 0, "n_steps": 2}
-    config = shared_config(data, tmp_path / "two", **settings)
+
+    def shared(directory):
+        config = shared_config(data, directory, **settings)
+        chosen = config.data.model_copy(update={"references": "taught"})
+        return config.model_copy(update={"data": chosen})
+
+    config = shared(tmp_path / "two")
     (tmp_path / "run.toml").write_text(config.model_dump_toml())
     processes = start_two(tmp_path / "run.toml", tmp_path)
     told = [p.communicate(timeout=300)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], told
-    fit(shared_config(data, tmp_path / "one", **settings))
+    fit(shared(tmp_path / "one"))
     assert_same_curve(tmp_path / "two", tmp_path / "one")
     first = curve(tmp_path / "two")["train", 1]
     assert first != pytest.approx(curve(reference)["train", 1], rel=1e-2)

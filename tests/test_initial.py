@@ -84,7 +84,8 @@ class Tuned:
 
     def config(self, directory: Path) -> Config:
         settings = {"frozen": ["backbone"], "batches_per_update": 2, "checkpoint_every": 100}
-        return tuned_config(self.sets, directory, self.initial, **settings)
+        config = tuned_config(self.sets, directory, self.initial, **settings)
+        return edited(config, "data", references="taught")
 
 
 @pytest.fixture(scope="module")
