@@ -40,7 +40,8 @@ from orbq.preprocess.references import (
     warn_if_undetermined,
 )
 
-STRENGTHS = tuple(10.0 ** (n / 2) for n in range(-4, 9))  # in structures
+STRENGTHS = tuple(10.0 ** (n / 2) for n in range(9))  # in structures; below, readout and references
+# grow large against each other, for a leave-one-out error hardly smaller
 _BATCH = 16
 _ALONE = 1e-6  # a structure that alone fixes a reference energy has no leave-one-out error
 _RANK_TOLERANCE = 1e-10
@@ -105,11 +106,13 @@ def fit_probe(
     pool: Pool,
     fit_charge: bool = True,
     dtype: str = "float32",
+    strengths: tuple[float, ...] = STRENGTHS,
 ) -> Probe:
     """Fit reference energies and last weights to the energies of a (training) pool.
 
     fit_charge: whether the slope in the total charge is fitted, too; else it is 0. dtype: of the
-    network. The pool's features, [S, K] float64, are in memory. Raises InputError without energies.
+    network. strengths: of the penalty, among which one is chosen. The pool's features, [S, K]
+    float64, are in memory. Raises InputError without energies.
     """
     labelled = np.flatnonzero(pool.labelled("energy"))
     if not len(labelled):
@@ -127,7 +130,7 @@ def fit_probe(
     taught = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(last_weights(params))])
     features = _features(potential, params, pool, dtype)[labelled]
     target = np.concatenate([chunk.energy for chunk in chunks]) - features @ taught
-    found = ridge(np.concatenate(columns, axis=1), features, target)
+    found = ridge(np.concatenate(columns, axis=1), features, target, strengths)
     element, known = np.zeros(MAX_Z + 1), np.zeros(MAX_Z + 1, bool)
     element[elements], known[elements] = found.free[: len(elements)], True
     slope = float(found.free[len(elements) :].sum())
