@@ -233,13 +233,19 @@ for _kind in FINE:
         for replicate in (range(4) if PRETRAINED[_kind] == 2 else (0, 2))
         for n in _SIZES_FIRST.get(_kind, (100, 400))
     }
+# references and energy readout fitted together first, by the networks taught for longer
+STUDIES["first_taught"] = {
+    name.replace("longer", "taught"): (*changes, "data.references=taught")
+    for name, changes in STUDIES["first_longer"].items()
+}
 
 
 def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
     if study.startswith("first_") or study == "delta":
-        kind = {"first_search": "both", "delta": "charges"}.get(study, study.split("_")[-1])
+        others = {"first_search": "both", "first_taught": "longer", "delta": "charges"}
+        kind = others.get(study, study.split("_")[-1])
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
