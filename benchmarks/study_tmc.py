@@ -218,6 +218,19 @@ STUDIES["grown_joint_longer"] = {
     for name, arm in _JOINT.items()
     if name != ("longest" if n else "long")
 }
+# the weight of the energies, by validation on split 10
+STUDIES["grown_weights_longer"] = {
+    f"{name}{n}-{weight:g}": (
+        *_JOINT[name],
+        "data.split_seed=10",
+        "data.subset_seed=2",
+        f"ablation.n_train=[{n}]",
+        f"loss.weights.energy={weight}",
+    )
+    for name in ("guided", "long")
+    for n in (100, 200)
+    for weight in (0.3, 0.1)
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS
