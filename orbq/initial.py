@@ -153,7 +153,8 @@ def _probe(config: Config, initial: Initial, train: Pool, keep: Path | None) -> 
             raise OrbqError(f"{path} is damaged ({error}): start anew with --overwrite") from error
     assert initial.params is not None and initial.potential is not None
     charge, dtype = config.data.charge_reference, config.training.precision
-    probe = fit_probe(initial.potential, initial.params, train, charge, dtype)
+    forces = config.loss.weights.forces > 0
+    probe = fit_probe(initial.potential, initial.params, train, charge, forces, dtype)
     if path:
         write_atomically(path, probe.to_json())
     return probe

@@ -10,10 +10,11 @@ trained: by ridge regression about the weights w0 that the network was taught,
 
     sum over s of r(s)^2 + strength * sum over k of (spread_k (w_k - w0_k))^2,
 
-spread_k the deviation of f_k. The strength is that with the smallest mean absolute leave-one-out
-error. What GFN1-xTB has taught of the structures is then not taken for energies of atoms, and
-training begins where the frozen network ends: linear probing, then fine-tuning (Kumar et al., ICLR
-2022, arXiv:2202.10054).
+spread_k the deviation of f_k. The forces, where they are trained on, join in: with -df_k/dx instead
+of f_k, a root mean square error of 1 eV/Å counts as one of 1 eV in every energy. The strength is
+that with the smallest mean absolute leave-one-out error. What GFN1-xTB has taught of the structures
+is then not taken for energies of atoms, and training begins where the frozen network ends: linear
+probing, then fine-tuning (Kumar et al., ICLR 2022, arXiv:2202.10054).
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ import numpy as np
 from orbq.data import to_batch
 from orbq.errors import InputError
 from orbq.inference import budget_of
-from orbq.models.potential import Params, Potential, last_weights, readout_features
+from orbq.models.potential import (
+    Params,
+    Potential,
+    last_weights,
+    readout_features,
+    readout_force_features,
+)
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
@@ -105,14 +112,16 @@ def fit_probe(
     params: Params,
     pool: Pool,
     fit_charge: bool = True,
+    forces: bool = True,
     dtype: str = "float32",
     strengths: tuple[float, ...] = STRENGTHS,
 ) -> Probe:
     """Fit reference energies and last weights to the energies of a (training) pool.
 
-    fit_charge: whether the slope in the total charge is fitted, too; else it is 0. dtype: of the
-    network. strengths: of the penalty, among which one is chosen. The pool's features, [S, K]
-    float64, are in memory. Raises InputError without energies.
+    fit_charge: whether the slope in the total charge is fitted, too; else it is 0. forces: whether
+    those of the pool are fitted, too. dtype: of the network. strengths: of the penalty, among which
+    one is chosen. The pool's features, [S, K] float64, are in memory. Raises InputError without
+    energies.
     """
     labelled = np.flatnonzero(pool.labelled("energy"))
     if not len(labelled):
@@ -128,9 +137,13 @@ def fit_probe(
     if fit_charge and charge.any():
         columns.append(charge[:, None])
     taught = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(last_weights(params))])
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     features = _features(potential, params, pool, dtype)[labelled]
     target = np.concatenate([chunk.energy for chunk in chunks]) - features @ taught
-    found = ridge(np.concatenate(columns, axis=1), features, target, strengths)
+    more = _force_equations(potential, params, pool, dtype, taught) if forces else None
+    if more is not None:
+        more *= np.sqrt(len(labelled))
+    found = ridge(np.concatenate(columns, axis=1), features, target, strengths, more)
     element, known = np.zeros(MAX_Z + 1), np.zeros(MAX_Z + 1, bool)
     element[elements], known[elements] = found.free[: len(elements)], True
     slope = float(found.free[len(elements) :].sum())
@@ -145,7 +158,6 @@ def _features(potential: Potential, params: Params, pool: Pool, dtype: str) -> n
     def program(params: Params, positions: jax.Array, graph: Any) -> jax.Array:
         return readout_features(potential, params, positions, graph)
 
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     packer = Packer(pool, budget_of(pool, _BATCH), targets=(), dtype=np.dtype(dtype))
     out: np.ndarray | None = None
     for packed in prefetch(map(packer.batch, packer.plan(0))):
@@ -157,14 +169,40 @@ def _features(potential: Potential, params: Params, pool: Pool, dtype: str) -> n
     return out
 
 
+def _force_equations(
+    potential: Potential, params: Params, pool: Pool, dtype: str, taught: np.ndarray
+) -> np.ndarray:
+    """[at most K + 1, K + 1]: what the forces of a pool say of a step from the weights ``taught``
+    [K], the last column what is left to explain; of the norm of their root mean square, eV/Å."""
+
+    @jax.jit
+    def program(params: Params, positions: jax.Array, graph: Any) -> jax.Array:
+        return readout_force_features(potential, params, positions, graph)
+
+    packer = Packer(pool, budget_of(pool, _BATCH), targets=("forces",), dtype=np.dtype(dtype))
+    triangle, n = np.zeros((0, len(taught) + 1)), 0
+    for packed in prefetch(map(packer.batch, packer.plan(0))):
+        batch = to_batch(packed)
+        mask = np.asarray(batch.targets["forces/mask"], bool)
+        found = np.asarray(program(params, batch.positions, batch.graph), np.float64)[mask]
+        columns = found.reshape(-1, len(taught))
+        rest = np.asarray(batch.targets["forces"], np.float64)[mask].ravel() - columns @ taught
+        rows = np.vstack([triangle, np.column_stack([columns, rest])])
+        triangle = np.asarray(np.linalg.qr(rows, mode="r"))
+        n += len(rest)
+    return triangle / np.sqrt(max(n, 1))
+
+
 def ridge(
     free: np.ndarray,
     tied: np.ndarray,
     target: np.ndarray,
     strengths: tuple[float, ...] = STRENGTHS,
+    more: np.ndarray | None = None,
 ) -> Ridge:
     """Least squares for target [S] in columns ``free`` [S, F] and ``tied`` [S, K]; coefficients of
-    the latter are drawn to zero.
+    the latter are drawn to zero. more: [R, K + 1], further equations of the tied coefficients, with
+    their right-hand sides; they are no structures that are left out.
 
     Directions that the columns leave open get the solution of least norm.
     """
@@ -172,12 +210,15 @@ def ridge(
     spread = tied.std(0)
     used = np.flatnonzero(spread > 1e-9 * spread.max(initial=0.0))
     frame, triangle = np.linalg.qr(np.column_stack([free, tied[:, used] / spread[used]]))
-    aim = np.concatenate([frame.T @ target, np.zeros(len(used))])
+    told = np.zeros((0, len(spread) + 1)) if more is None else more
+    others = np.zeros((len(told), triangle.shape[1]))
+    others[:, n_free:] = told[:, used] / spread[used]
+    aim = np.concatenate([frame.T @ target, told[:, -1], np.zeros(len(used))])
     outside = target - frame @ (frame.T @ target)
     best: Ridge | None = None
     for strength in strengths:
         penalty = np.eye(triangle.shape[1])[n_free:] * np.sqrt(strength)
-        left, singular, right = np.linalg.svd(np.concatenate([triangle, penalty]), False)
+        left, singular, right = np.linalg.svd(np.concatenate([triangle, others, penalty]), False)
         kept = singular > _RANK_TOLERANCE * singular[0]
         left, singular, right = left[:, kept], singular[kept], right[kept]
         rows = frame @ left[: len(triangle)]

@@ -259,6 +259,23 @@ def readout_features(
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in found], axis=1)
 
 
+def readout_force_features(
+    potential: Potential,
+    params: Params,
+    positions: Float[Array, "N 3"],
+    graph: jraph.GraphsTuple,
+) -> Float[Array, "N 3 K"]:
+    """The same of the forces (eV/Å): minus the derivatives of ``readout_features`` with respect to
+    positions, one backward pass for each of the weights."""
+
+    def total(x: Array) -> Array:
+        return readout_features(potential, params, x, graph).sum(0)
+
+    found, pullback = jax.vjp(total, positions)
+    columns = jax.lax.map(lambda one: pullback(one)[0], jnp.eye(len(found), dtype=found.dtype))
+    return -jnp.moveaxis(columns, 0, -1)
+
+
 def energy_fn(potential: Potential) -> Callable[..., Array]:
     """``(params, positions, graph) -> energy`` (eV, relative to the references), summed over the
     batch's real structures; its ``-jax.grad(..., argnums=1)`` are the forces (eV/Å)."""
