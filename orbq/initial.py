@@ -1,8 +1,9 @@
 """A training run that begins from another: what it takes over from it, and what it may not.
 
 The parameters are the averaged ones of the initial run's best validation. What gives them their
-meaning comes with them: elements, neighbours, the scale of energies, the normalisation of charges.
-Reference energies and the scales of the loss are those of the new data: so is the level of theory.
+meaning comes with them: elements, neighbours, the scale of energies, the normalisation of charges,
+the reference energies of xTB's. Reference energies of the energies themselves and the scales of the
+loss are those of the new data: so is the level of theory.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ class Initial(NamedTuple):
 
     constants: what gives its parameters their meaning. params: None when the new run has them
     already. facts: the directory, and the SHA-256 of the parameters. notes: what could not be
-    checked. potential: of the parameters. probe: what was fitted before training, if anything was.
+    checked. xtb: reference energies of the xTB energies, if it was taught any. potential: of the
+    parameters. probe: what was fitted before training, if anything was.
     """
 
     constants: Constants
     params: Params | None
     facts: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    xtb: References | None = None
     potential: Potential | None = None
     probe: Probe | None = None
 
@@ -133,7 +136,7 @@ def prepare_from(
         probes.append(_probe(config, initial, train, keep))
         return probes[0].references
 
-    data = prepare(config, n_batches, taught)
+    data = prepare(config, n_batches, taught, initial.xtb)
     name = config.training.initial
     constants = _inherited(name, initial.constants, data)
     if initial.params is not None:
@@ -188,8 +191,11 @@ def _read(config: Config, own: Path | None) -> Initial | None:
     stored = read_description(own) if own else None
     if own and stored and checkpoint.resumable(own / CHECKPOINTS):
         try:
-            return Initial(stored_constants(own, stored), None, dict(stored[INITIAL]))
-        except (KeyError, TypeError, ValueError) as error:
+            xtb = stored["references"].get("xtb_energy")
+            references = References.from_json(json.dumps(xtb)) if xtb else None
+            constants = stored_constants(own, stored)
+            return Initial(constants, None, dict(stored[INITIAL]), xtb=references)
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
             raise OrbqError(
                 f"{own} is damaged ({type(error).__name__}: {error}): start anew with --overwrite"
             ) from error
@@ -202,7 +208,8 @@ def _read(config: Config, own: Path | None) -> Initial | None:
             "yet: start anew with --overwrite"
         )
     params = run.params if run.taught_energy else taught_readout(run.params)
-    return Initial(run.potential.constants, params, facts, potential=run.potential)
+    xtb = run.references.get("xtb_energy")
+    return Initial(run.potential.constants, params, facts, xtb=xtb, potential=run.potential)
 
 
 def _load(name: str) -> Run:
