@@ -198,15 +198,23 @@ STUDIES["grown_guided_longer"] = {
     for n in (100, 200, 400, 0)
     for s, subset in SUBSETS.items()
 }
-# reference energies of atoms and charge fitted together, as from here on everywhere; and both with
-# the energy readout ("taught"). Split 10 chooses, the others report.
-_JOINT = {
+# references of atoms and charge fitted together, as from here on everywhere, and with the readout of
+# the embedded network, which is that of "longer": split 10 chooses, the others report
+_SHIPPED = (
+    *(change for change in _first("hot", 0, FIRST_RATE) if "initial" not in change),
+    *_HOT,
+    "training.initial=gfn1-metals",
+)
+_NO_SLOPE = "data.charge_reference=false"
+_TAUGHT = {
     "long": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG),
     "longest": (*_OWN, *_ALONE, "ablation.seeds=[0]", "training.n_steps=36000"),
-    "guided": (*_first("longer", 0, FIRST_RATE), *_HOT, "data.references=guided"),
-    "taught": (*_first("longer", 0, FIRST_RATE), *_HOT, "data.references=taught"),
+    "long_unsloped": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG, _NO_SLOPE),
+    "guided": (*_SHIPPED, "data.references=guided"),
+    "sloped": (*_SHIPPED, "data.references=taught"),
+    "taught": (*_SHIPPED, "data.references=taught", _NO_SLOPE),
 }
-STUDIES["grown_joint_longer"] = {
+STUDIES["grown_taught_hot"] = {
     f"{name}{n or ''}-{s}": (
         *arm,
         f"data.split_seed={s}",
@@ -215,21 +223,8 @@ STUDIES["grown_joint_longer"] = {
     )
     for n in (100, 200, 0)
     for s, subset in {10: 2, **SUBSETS}.items()
-    for name, arm in _JOINT.items()
+    for name, arm in _TAUGHT.items()
     if name != ("longest" if n else "long")
-}
-# the weight of the energies, by validation on split 10
-STUDIES["grown_weights_longer"] = {
-    f"{name}{n}-{weight:g}": (
-        *_JOINT[name],
-        "data.split_seed=10",
-        "data.subset_seed=2",
-        f"ablation.n_train=[{n}]",
-        f"loss.weights.energy={weight}",
-    )
-    for name in ("guided", "long")
-    for n in (100, 200)
-    for weight in (0.3, 0.1)
 }
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
