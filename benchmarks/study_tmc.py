@@ -198,8 +198,8 @@ STUDIES["grown_guided_longer"] = {
     for n in (100, 200, 400, 0)
     for s, subset in SUBSETS.items()
 }
-# references of atoms and charge fitted together, as from here on everywhere, and with the readout of
-# the embedded network, which is that of "longer": split 10 chooses, the others report
+# references of atoms and charge fitted together, as from here on everywhere, and with the readout
+# of the embedded network, which is that of "longer": split 10 chooses, the others report
 _SHIPPED = (
     *(change for change in _first("hot", 0, FIRST_RATE) if "initial" not in change),
     *_HOT,

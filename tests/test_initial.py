@@ -159,6 +159,24 @@ def test_the_network_before_training_is_that_of_the_initial_run(
     )
 
 
+def test_reference_energies_of_xtb_come_with_the_network_that_was_taught_them(
+    sets: Path, charges: Path, tmp_path: Path
+) -> None:
+    """Also when the run is gone on with; other structures would give others."""
+    config = edited(tuned_config(sets, tmp_path / "run", charges), "data", n_train=17)
+    weights = config.loss.weights.model_copy(update={"xtb_energy": 1.0})
+    config = edited(config, "loss", weights=weights)
+    theirs = load(charges).references["xtb_energy"]
+    own = prepare(config).references["xtb_energy"]
+    assert np.abs(own.element - theirs.element).max() > 1e-3
+    data = prepare_from(config)
+    np.testing.assert_array_equal(data.references["xtb_energy"].element, theirs.element)
+    assert data.spec.scales["xtb_energy"] != prepare(config).spec.scales["xtb_energy"]
+    fit(config)
+    again = prepare_from(config, 1, tmp_path / "run")
+    np.testing.assert_array_equal(again.references["xtb_energy"].element, theirs.element)
+
+
 def test_a_trained_energy_readout_is_taken_over_as_it_is(sets: Path, tmp_path: Path) -> None:
     """Though the run had xTB energies as well; its precision may be another."""
     rich = {**TUNED, "xtb_energy": 1.0}

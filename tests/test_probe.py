@@ -21,7 +21,15 @@ from orbq.errors import InputError, OrbqError
 from orbq.fit import fit
 from orbq.initial import prepare_from
 from orbq.losses import Batch, batch_to_device
-from orbq.models.potential import Params, Potential, last_weights, make_potential, readout_features
+from orbq.models.potential import (
+    Params,
+    Potential,
+    last_weights,
+    make_potential,
+    predict,
+    readout_features,
+    readout_force_features,
+)
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.pack import PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
@@ -70,6 +78,35 @@ def left_out(free: np.ndarray, tied: np.ndarray, target: np.ndarray, strength: f
         w = np.linalg.solve(a.T @ a + np.diag(np.maximum(penalty, 1e-12)), a.T @ y)
         errors.append(abs(target[i] - both[i] @ w))
     return np.array(errors)
+
+
+def test_further_equations_join_in_and_are_not_left_out() -> None:
+    free, tied, target = columns()
+    rng = np.random.default_rng(3)
+    more = rng.normal(size=(5, 8))
+    found = ridge(free, tied, target, (2.0,), more)
+    penalty = np.diag(np.sqrt(2.0) * tied[:, :-1].std(0))
+    rows = [
+        np.column_stack([free, tied[:, :-1]]),
+        np.column_stack([np.zeros((5, 4)), more[:, :6]]),
+        np.column_stack([np.zeros((6, 4)), penalty]),
+    ]
+    aims = [target, more[:, -1], np.zeros(6)]
+
+    def solve(left: np.ndarray) -> np.ndarray:
+        a = np.concatenate([rows[0][left], *rows[1:]])
+        y = np.concatenate([aims[0][left], *aims[1:]])
+        solution: np.ndarray = np.linalg.lstsq(a, y, rcond=None)[0]
+        return solution
+
+    every = np.ones(len(target), bool)
+    np.testing.assert_allclose(np.append(found.free, found.tied[:-1]), solve(every), rtol=1e-6)
+    errors = []
+    for i in range(len(target)):
+        left = every.copy()
+        left[i] = False
+        errors.append(abs(target[i] - rows[0][i] @ solve(left)))
+    assert found.error == pytest.approx(np.mean(errors), rel=1e-6)
 
 
 @pytest.mark.parametrize("strength", [0.1, 3.0, 1e3])
@@ -123,8 +160,8 @@ def molecules(n: int = 40) -> tuple[MemoryDataset, Pool]:
     return data, Pool([Part(data, None)], 4.0)
 
 
-def packed_batches(pool: Pool) -> Iterator[tuple[PackedBatch, Batch]]:
-    packer = Packer(pool, measure_budget(pool, 8), ())
+def packed_batches(pool: Pool, size: int = 8) -> Iterator[tuple[PackedBatch, Batch]]:
+    packer = Packer(pool, measure_budget(pool, size), ())
     for packed in map(packer.batch, packer.plan(0)):
         yield packed, batch_to_device(to_batch(packed))
 
@@ -152,6 +189,40 @@ def test_energies_are_linear_in_the_last_weights() -> None:
         assert not np.any(np.asarray(features)[~packed.mask])
 
 
+def test_forces_are_linear_in_the_last_weights_too() -> None:
+    run = random_run((), (1, 6, 7, 8))
+    pool = molecules(6)[1]
+    ((_, batch),) = list(packed_batches(pool, 20))
+    inputs = run.params, batch.positions, batch.graph
+    features = jax.jit(lambda *x: readout_force_features(run.potential, *x))(*inputs)
+    forces = jax.jit(lambda *x: predict(run.potential, *x))(*inputs).forces
+    found = np.asarray(features) @ weights_of(run.params)
+    atoms = np.asarray(batch.graph.nodes["numbers"]) > 0
+    np.testing.assert_allclose(found[atoms], np.asarray(forces)[atoms], rtol=1e-3, atol=1e-5)
+    assert np.abs(found).max() > 1e-3
+
+
+def test_forces_choose_among_weights_that_energies_leave_open() -> None:
+    """Few energies, the forces of the network with other weights: the fit finds these."""
+    run = random_run((), (1, 6, 7, 8))
+    data, pool = molecules(8)
+    wanted = weights_of(run.params) + np.linspace(-3.0, 3.0, 12)
+    moved = Probe(References.zero(), wanted, 1.0, 0.0).into(run.params)
+    predicted = jax.jit(lambda *x: predict(run.potential, *x))
+    for packed, batch in packed_batches(pool):
+        out = predicted(moved, batch.positions, batch.graph)
+        ends = np.cumsum(packed.n_node)
+        for place, item in enumerate(packed.index[packed.mask].tolist()):
+            own = slice(ends[place] - packed.n_node[place], ends[place])
+            data.arrays["forces"][data.rows(item)] = np.asarray(out.forces)[own]
+            data.arrays["energy"][item] = float(out.energy[place])
+    weak = (1e-8,)
+    without = fit_probe(run.potential, run.params, pool, forces=False, strengths=weak)
+    found = fit_probe(run.potential, run.params, pool, strengths=weak)
+    assert np.abs(without.weights - wanted).max() > 0.5
+    np.testing.assert_allclose(found.weights, wanted, atol=0.1)
+
+
 def test_a_probe_finds_what_the_energies_were_made_of() -> None:
     """The network with other last weights, reference energies, and a slope in the charge."""
     run = random_run((), (1, 6, 7, 8))
@@ -171,16 +242,16 @@ def test_a_probe_finds_what_the_energies_were_made_of() -> None:
         energy[packed.index[packed.mask]] += np.asarray(network)[packed.mask]
     data.arrays["energy"] = energy
     weak = (1e-6, 1e-4)
-    found = fit_probe(run.potential, run.params, pool, strengths=weak)
+    found = fit_probe(run.potential, run.params, pool, forces=False, strengths=weak)
     assert found.strength == 1e-6
     assert found.references.charge == pytest.approx(2.5, abs=0.1)
     np.testing.assert_allclose(found.references.element, element, atol=0.1)
     assert found.error < 0.05 < np.std(energy - table.of_many(*flat(numbers), charge))
-    without = fit_probe(run.potential, run.params, pool, False, strengths=weak)
+    without = fit_probe(run.potential, run.params, pool, False, False, strengths=weak)
     assert without.references.charge == 0.0 and without.error > 10 * found.error
     data.arrays["energy_mask"][10:] = False
     energy[10:] = np.nan  # of structures that are not labelled
-    few = fit_probe(run.potential, run.params, pool)
+    few = fit_probe(run.potential, run.params, pool, forces=False)
     assert np.isfinite(few.weights).all() and few.references.known[[1, 6, 7, 8]].all()
     data.arrays["energy_mask"][:] = False
     with pytest.raises(InputError, match="no training structure carries energy"):
@@ -213,7 +284,13 @@ def test_json_round_trip_is_exact() -> None:
 
 def taught_config(sets: Path, directory: Path, initial: Path, **data: Any) -> Config:
     chosen = {"unlabelled": [], "references": "taught", **data}
-    return config_of(sets, directory, data=chosen, training={**ALONE, "initial": str(initial)})
+    return config_of(
+        sets,
+        directory,
+        data=chosen,
+        loss={"weights": {"energy": 1.0, "atomic": 2.0, "forces": 0.0}},
+        training={**ALONE, "initial": str(initial)},
+    )
 
 
 def test_a_run_begins_where_the_frozen_network_ends(
