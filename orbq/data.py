@@ -151,14 +151,14 @@ def prepare(
     config: Config,
     n_batches: int = 1,
     taught: Callable[[Pool], References] | None = None,
-    xtb: References | None = None,
+    known: Mapping[str, References] | None = None,
 ) -> TrainingData:
     """Open, split, check and measure the data of a configuration.
 
     n_batches: packed batches of an update, which together hold training.batch_size structures.
     taught: gives the reference energies by a network, of the training structures, if
-    data.references = "taught"; without it they are fitted without the network. xtb: reference
-    energies of the xTB energies, None to fit them.
+    data.references = "taught"; without it they are fitted without the network. known: reference
+    energies that are not fitted, of "energy", "xtb_energy" or both.
 
     Raises InputError for data that cannot serve it: a missing label, a leak, an unknown element.
     """
@@ -185,7 +185,7 @@ def prepare(
     terms = tuple(n for n in ("energy", "forces") if getattr(weights, n) > 0)
     terms += tuple(weights.auxiliary())
     stats = {n: _statistics(n, teaching) for n in terms if n in PER_ATOM}
-    fits = _fit_references(config, pools["train"], teaching, terms, taught, xtb)
+    fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
     _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
     scales = {n: max(f.std, _ENERGY_FLOOR) for n, f in fits.items()}
@@ -219,7 +219,7 @@ def _fit_references(
     teaching: Pool,
     terms: tuple[str, ...],
     taught: Callable[[Pool], References] | None,
-    xtb: References | None,
+    known: Mapping[str, References],
 ) -> dict[str, Fit]:
     """References of the energies trained on; the reference energy's from ``train`` alone."""
     wanted = config.data.references
@@ -227,11 +227,14 @@ def _fit_references(
     guided = wanted == "guided"
     fits = {}
     if "xtb_energy" in terms or guided:
+        xtb = known.get("xtb_energy")
         if xtb and xtb.known[pool_elements(teaching)].all():  # else ``initial`` refuses the element
             fits["xtb_energy"] = fit_of(teaching, xtb, "xtb_energy")
         else:
             fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
-    if "energy" in terms and wanted == "taught" and taught:
+    if "energy" in terms and "energy" in known:
+        fits["energy"] = fit_of(train, known["energy"])
+    elif "energy" in terms and wanted == "taught" and taught:
         fits["energy"] = fit_of(train, taught(train))
     elif "energy" in terms:
         charge = config.data.charge_reference

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -56,15 +57,15 @@ class Initial(NamedTuple):
 
     constants: what gives its parameters their meaning. params: None when the new run has them
     already. facts: the directory, and the SHA-256 of the parameters. notes: what could not be
-    checked. xtb: reference energies of the xTB energies, if it was taught any. potential: of the
-    parameters. probe: what was fitted before training, if anything was.
+    checked. references: that stay as they are, by their label. potential: of the parameters. probe:
+    what was fitted before training, if anything was.
     """
 
     constants: Constants
     params: Params | None
     facts: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-    xtb: References | None = None
+    references: Mapping[str, References] = MappingProxyType({})
     potential: Potential | None = None
     probe: Probe | None = None
 
@@ -128,7 +129,7 @@ def prepare_from(
     """
     found = _read(config, own)
     if found is None:
-        return prepare(config, n_batches)
+        return prepare(config, n_batches, known=_own_references(own) if own else None)
     initial: Initial = found
     probes: list[Probe] = []
 
@@ -136,7 +137,7 @@ def prepare_from(
         probes.append(_probe(config, initial, train, keep))
         return probes[0].references
 
-    data = prepare(config, n_batches, taught, initial.xtb)
+    data = prepare(config, n_batches, taught, initial.references)
     name = config.training.initial
     constants = _inherited(name, initial.constants, data)
     if initial.params is not None:
@@ -191,14 +192,15 @@ def _read(config: Config, own: Path | None) -> Initial | None:
     stored = read_description(own) if own else None
     if own and stored and checkpoint.resumable(own / CHECKPOINTS):
         try:
-            xtb = stored["references"].get("xtb_energy")
-            references = References.from_json(json.dumps(xtb)) if xtb else None
-            constants = stored_constants(own, stored)
-            return Initial(constants, None, dict(stored[INITIAL]), xtb=references)
-        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+            constants, facts = stored_constants(own, stored), dict(stored[INITIAL])
+        except (KeyError, TypeError, ValueError) as error:
             raise OrbqError(
                 f"{own} is damaged ({type(error).__name__}: {error}): start anew with --overwrite"
             ) from error
+        references = _own_references(own)
+        if config.data.references == "taught":
+            references.pop("energy", None)  # they are read with the readout that goes with them
+        return Initial(constants, None, facts, references=references)
     run = _load(name)
     _check_same_network(config, run)
     facts = {"directory": name, "sha256": checkpoint.digest(run.params)}
@@ -208,8 +210,17 @@ def _read(config: Config, own: Path | None) -> Initial | None:
             "yet: start anew with --overwrite"
         )
     params = run.params if run.taught_energy else taught_readout(run.params)
-    xtb = run.references.get("xtb_energy")
-    return Initial(run.potential.constants, params, facts, xtb=xtb, potential=run.potential)
+    references = {n: table for n, table in run.references.items() if n == "xtb_energy"}
+    return Initial(run.potential.constants, params, facts, (), references, run.potential)
+
+
+def _own_references(own: Path) -> dict[str, References]:
+    """Reference energies of a run that is gone on with: what it was begun with."""
+    try:
+        stored = read_description(own)["references"]
+        return {n: References.from_json(json.dumps(table)) for n, table in stored.items()}
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise OrbqError(f"{own} is damaged ({error}): start anew with --overwrite") from error
 
 
 def _load(name: str) -> Run:
