@@ -37,7 +37,6 @@ ALONE = [
     "training.unlabelled_share=0.0",
     "data.unlabelled=[]",
     "data.references=fit",
-    "data.charge_reference=true",
 ]
 # arm -> overrides on the demonstration's configuration (orbq/data/demo.toml, the third arm)
 ARMS: dict[str, list[str]] = {
