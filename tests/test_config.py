@@ -52,7 +52,10 @@ INVALID = [
     ("[data]\ndataset = ''", ["data.dataset: must not be empty"]),
     ("[data]\ndataset = 3", ["data.dataset: must be text in quotes, is 3"]),
     ("[data]\nunlabelled = 'a'", ["data.unlabelled: must be a list, is 'a'"]),
-    ("[data]\nreferences = 'fitted'", ["must be 'fit', 'guided' or 'taught' or a table"]),
+    (
+        "[data]\nreferences = 'fitted'",
+        ["data.references: must be 'fit', 'guided' or 'taught' or a table"],
+    ),
     ("[data.references]\nHx = 1.0", ["data.references.Hx: not an element symbol"]),
     ("[data.references]\nH = '1'", ["data.references.H: must be a number, is '1'"]),
     ("[data]\nvalidation_fraction = 0.5\ntest_fraction = 0.5", ["must be below 1", "is 1"]),
