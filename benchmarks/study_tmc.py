@@ -226,6 +226,26 @@ STUDIES["grown_taught_hot"] = {
     for name, arm in _TAUGHT.items()
     if name != ("longest" if n else "long")
 }
+# no slope in any arm: charges of the same structures, training alone to its end, and other sizes
+_BOTH_LONG = (*_OWN, *_BOTH, _LONG, _NO_SLOPE)
+_ONCE, _TWICE = "ablation.seeds=[0]", "ablation.seeds=[0, 1]"
+_UNSLOPED = (  # name, structures with DFT (0: all), overrides
+    ("own", 0, (*_BOTH_LONG, _TWICE)),
+    ("taught", 0, _TAUGHT["taught"]),
+    ("longest", 0, (*_TAUGHT["longest"], _NO_SLOPE)),
+    ("taught", 400, _TAUGHT["taught"]),
+    *(("own", n, (*_BOTH_LONG, _ONCE)) for n in (200, 400, 100)),
+)
+STUDIES["grown_unsloped_hot"] = {
+    f"{name}{n or ''}-{s}": (
+        *arm,
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for name, n, arm in _UNSLOPED
+    for s, subset in SUBSETS.items()
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS

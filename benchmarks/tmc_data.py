@@ -45,6 +45,12 @@ TAUGHT = {
 }
 TAUGHT["hot"] = TAUGHT["all"]
 TAUGHT["longer"] = (*TAUGHT["hot"], "training.n_steps=60000", "training.validate_every=6000")
+TAUGHT["further"] = (
+    *TAUGHT["hot"],
+    "training.initial=gfn1-metals",
+    "training.n_steps=120000",
+    "training.validate_every=12000",
+)
 
 
 def make_grown(place: Path) -> dict[str, str]:

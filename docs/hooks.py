@@ -20,8 +20,11 @@ from orbq.cli import make_app
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_LINE = "command-line.md"
 ELSEWHERE = ("ARCHITECTURE.md", "CHANGELOG.md", "benchmarks/RESULTS.md")
-FIGURES = "benchmarks/results/*.png"  # what RESULTS.md shows
-REPOSITORY_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)[^)]+\)")
+CHAPTERS = "benchmarks/results/*.md"  # of RESULTS.md
+FIGURES = "benchmarks/results/*.png"  # what they show
+REPOSITORY_LINK = re.compile(
+    r"(?<!!)\[([^\]]+)\]\((?!https?:|#|(?:results/)?[a-z0-9]+\.md\))[^)]+\)"  # chapters stay
+)
 
 # --------------------------------------------------------------------------- pages
 
@@ -29,6 +32,11 @@ REPOSITORY_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)[^)]+\)")
 def notebooks() -> list[Path]:
     """The tutorials, in the order of their names."""
     return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def chapters() -> list[Path]:
+    """The chapters of the results."""
+    return sorted(ROOT.glob(CHAPTERS))
 
 
 def on_config(config: Any) -> Any:
@@ -48,6 +56,8 @@ def on_files(files: Any, config: Any) -> Any:
     add(COMMAND_LINE, content=command_line())
     for path in map(ROOT.joinpath, ELSEWHERE):
         add(path.name, content=without_links(path.read_text(encoding="utf-8")))
+    for path in chapters():
+        add(f"results/{path.name}", content=without_links(path.read_text(encoding="utf-8")))
     for path in sorted(ROOT.glob(FIGURES)):
         add(f"results/{path.name}", abs_src_path=str(path))
     for path in notebooks():  # as files of the repository: their plugin asks for the folder
@@ -60,7 +70,8 @@ on_files.mkdocs_priority = 100  # type: ignore[attr-defined]  # before the plugi
 
 
 def without_links(text: str) -> str:
-    """Markdown whose links to files of the repository are plain words; figures stay."""
+    """Markdown whose links to files of the repository are plain words; figures and chapters of the
+    results stay."""
     return REPOSITORY_LINK.sub(r"\1", text)
 
 
