@@ -246,6 +246,23 @@ STUDIES["grown_unsloped_hot"] = {
     for name, n, arm in _UNSLOPED
     for s, subset in SUBSETS.items()
 }
+# energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
+_NO_FORCES = "loss.weights.forces=0"
+STUDIES["grown_energies_hot"] = {
+    f"{name}{n or ''}-{s}": (
+        *arm,
+        _NO_FORCES,
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for n in (0, 200)
+    for name, arm in (
+        ("own", (*_BOTH_LONG, _TWICE, "ablation.weights=[0.0, 1.0, 8.0]")),
+        ("taught", _TAUGHT["taught"]),
+    )
+    for s, subset in SUBSETS.items()
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS
