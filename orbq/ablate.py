@@ -59,7 +59,7 @@ def each_run(function: Callable[..., Any], of_runs: Sequence[bool]) -> Callable[
     """``function`` of every run at once. of_runs: which of its arguments have a leading axis [R].
 
     Vectorised, so that an accelerator is filled; on a single CPU one run after the other within the
-    program, since one run fills a core and R of them its cache (benchmarks/RESULTS.md).
+    program, since one run fills a core and R of them its cache (benchmarks/results/speed.md).
     """
     if jax.default_backend() != "cpu" or jax.local_device_count() > 1:
         return jax.vmap(function, in_axes=tuple(0 if own else None for own in of_runs))

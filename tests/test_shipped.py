@@ -27,7 +27,7 @@ def test_configurations_are_valid_and_open_with_their_command(path):
     ("name", "limit"), [("energy-only", 13e-3), ("onsite", 13e-3), ("gfn1-first", 7e-3)]
 )
 def test_acetylacetone_models_have_the_errors_of_the_results(name, limit):
-    """Of 20 of the 650 test configurations; RESULTS.md has those of all."""
+    """Of 20 of the 650 test configurations; benchmarks/results/ has those of all."""
     if not ACAC.is_file():
         pytest.skip("needs ../shared/data/acac")
     calculator = orbq.Calculator(ROOT / "benchmarks" / "models" / "acac" / name)
@@ -59,7 +59,7 @@ def test_hot_acetylacetone_has_labels_of_the_training_set_s_level():
 
 @pytest.mark.parametrize(("name", "limit"), [("energy-only", 40e-3), ("gfn1-first", 18e-3)])
 def test_acetylacetone_models_hold_at_600_kelvin(name, limit):
-    """Twice the temperature of their training; RESULTS.md has the errors of all 45."""
+    """Twice the temperature of their training; benchmarks/results/ has those of all 45."""
     frames = [atoms for atoms in ase.io.read(HOT, ":") if atoms.info["set"] == "600K"][::3]
     assert len(frames) == 15
     run = orbq.load(ROOT / "benchmarks" / "models" / "acac" / name)

@@ -20,7 +20,8 @@ from orbq.errors import InputError
 from orbq.preprocess import supervise
 from orbq.preprocess.blas import find_blas
 
-# Seconds for n orbitals on one core of the machine of benchmarks/RESULTS.md; only ratios matter.
+# Seconds for n orbitals on one core of the machine of benchmarks/results/labelling.md; only ratios
+# matter.
 OVERHEAD = 1.5e-3
 PER_ORBITAL, EXPONENT = 1.6e-7, 2.6
 # A chunk is this part of the work that is left, within bounds in seconds: large enough that sending
