@@ -3,13 +3,13 @@
     python benchmarks/study_md.py --work DIRECTORY [--ps 2]
 
 Networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
-alone, after GFN1-xTB labels of complexes without DFT, and after such labels of distorted complexes
-too, which stay in each batch; and GFN1-xTB itself (tblite), which tells what is not the networks'
-fault. Of the test split the first structures of
-ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from where the
-data have them. Told for each: the mean temperature of the second half, the shortest distance in
-units of the sum of covalent radii, and the largest stretch of a bond it began with. "stable": no
-distance below 0.6, no bond beyond 1.6 times its first length. Writes results/md.jsonl.
+alone, after GFN1-xTB labels of complexes without DFT, after such labels of distorted complexes
+too, which stay in each batch, and from the embedded network, which was taught these for longer; and
+GFN1-xTB itself (tblite), which tells what is not the networks' fault. Of the test split the first
+structures of ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from
+where the data have them. Told for each: the mean temperature of the second half, the shortest
+distance in units of the sum of covalent radii, and the largest stretch of a bond it began with.
+"stable": no distance below 0.6, no bond beyond 1.6 times its first length. Writes results/md.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from study import record, trained
 from tblite.ase import TBLite
-from tmc_data import CONFIG, make_grown, make_hot, taught
+from tmc_data import CONFIG, FROM_METALS, make_grown, make_hot, taught
 
 import orbq
 from orbq.data import open_dataset, split_of
@@ -47,6 +47,7 @@ ARMS = {
         "training.unlabelled_share=0.5",
         "training.batch_size=16",
     ),
+    "gfn1-metals": (*FROM_METALS, "loss.weights.xtb_forces=1"),
 }
 
 
@@ -115,9 +116,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, ITSELF), default=[*ARMS, ITSELF])
     given = parser.parse_args()
     words = make_grown(given.work / "data")
-    words["@all"] = taught(given.work / "data", words["@rest"], "all", 0)
     words["@hot"] = make_hot(given.work / "data")
-    words["@taught"] = taught(given.work / "data", words["@hot"], "hot", 0)
+    teaches = {"gfn1-first": ("@all", "@rest", "all"), "gfn1-hot": ("@taught", "@hot", "hot")}
+    for word, rest, kind in (teaches[arm] for arm in given.arms if arm in teaches):
+        words[word] = taught(given.work / "data", words[rest], kind, 0)
     place = given.work / "md"
     for arm in given.arms:
         run = None if arm == ITSELF else trained(CONFIG, [*COMMON, *ARMS[arm]], words, place / arm)

@@ -51,6 +51,15 @@ TAUGHT["further"] = (
     "training.n_steps=120000",
     "training.validate_every=12000",
 )
+# begin with the embedded network and keep labels of distorted complexes (@hot) in each batch
+FROM_METALS = (
+    "training.initial=gfn1-metals",
+    "data.references=taught",
+    "data.charge_reference=false",
+    "data.unlabelled=['@hot']",
+    "training.unlabelled_share=0.5",
+    "training.batch_size=16",
+)
 
 
 def make_grown(place: Path) -> dict[str, str]:
