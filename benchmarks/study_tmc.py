@@ -234,7 +234,8 @@ _UNSLOPED = (  # name, structures with DFT (0: all), overrides
     ("taught", 0, _TAUGHT["taught"]),
     ("longest", 0, (*_TAUGHT["longest"], _NO_SLOPE)),
     ("taught", 400, _TAUGHT["taught"]),
-    *(("own", n, (*_BOTH_LONG, _ONCE)) for n in (200, 400, 100)),
+    ("own", 200, (*_BOTH_LONG, _ONCE)),
+    *(("alone", n, _TAUGHT["long_unsloped"]) for n in (400, 100)),
 )
 STUDIES["grown_unsloped_hot"] = {
     f"{name}{n or ''}-{s}": (
@@ -256,10 +257,10 @@ STUDIES["grown_energies_hot"] = {
         f"data.subset_seed={subset if n else 0}",
         f"ablation.n_train=[{n}]",
     )
-    for n in (0, 200)
-    for name, arm in (
-        ("own", (*_BOTH_LONG, _TWICE, "ablation.weights=[0.0, 1.0, 8.0]")),
-        ("taught", _TAUGHT["taught"]),
+    for name, n, arm in (
+        ("own", 0, (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]")),
+        ("taught", 0, _TAUGHT["taught"]),
+        ("own", 200, (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]")),
     )
     for s, subset in SUBSETS.items()
 }
