@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from ase import Atoms
+from study import make_delta
 
 from orbq.config import load_config
 from orbq.data import make_packer, prepare, to_batch
@@ -46,8 +47,7 @@ def make_data(place: Path, split_seed: int) -> dict[str, str]:
         preprocess([molecule(dataset, row) for row in rows], rest)
     if not (place / "random" / "manifest.json").exists():
         make_random(place / "qm7", place / "random")
-    if not (place / "delta" / "manifest.json").exists():
-        make_delta(place / "qm7", place / "delta")
+    make_delta(place / "qm7", place / "delta")
     return {
         "@data": str(place / "qm7"),
         "@rest": str(rest),
@@ -133,13 +133,6 @@ def make_random(source: Path, place: Path) -> None:
     made -= step * np.repeat(excess / size, np.diff(offsets))[:, None]  # neutral molecules
     shutil.copytree(source, place)
     np.save(place / "onsite.npy", made.astype(dataset["onsite"].dtype))
-
-
-def make_delta(source: Path, place: Path) -> None:
-    """A data set whose energies are the differences between the reference's and GFN1's."""
-    shutil.copytree(source, place)
-    dataset = Dataset.open(source)
-    np.save(place / "energy.npy", np.asarray(dataset["energy"]) - np.asarray(dataset["xtb_energy"]))
 
 
 def molecule(dataset: Dataset, row: int) -> Atoms:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orbq.config import Config, load_config
 from orbq.fit import fit
-from orbq.preprocess.store import write_atomically
+from orbq.preprocess.store import Dataset, write_atomically
 from orbq.run import Run, load
 from orbq.study.report import rows_of, write_report
 from orbq.study.run import provenance, read_results, run_ablation
@@ -75,6 +78,19 @@ def filled(overrides: Iterable[str], words: Mapping[str, str]) -> list[str]:
     for word in sorted(words, key=len, reverse=True):  # "@hot0" before "@hot"
         found = [override.replace(word, words[word]) for override in found]
     return found
+
+
+def make_delta(source: Path, place: Path) -> None:
+    """A data set whose energies and forces are the differences between the reference's and GFN1's,
+    made once."""
+    if (place / "manifest.json").exists():
+        return
+    dataset = Dataset.open(source)
+    shutil.copytree(source, place)
+    for label in ("energy", "forces"):
+        if np.asarray(dataset[f"{label}_mask"]).any():
+            difference = np.asarray(dataset[label]) - np.asarray(dataset[f"xtb_{label}"])
+            np.save(place / f"{label}.npy", difference)
 
 
 def trained(base: Path, overrides: Iterable[str], words: Mapping[str, str], place: Path) -> Run:

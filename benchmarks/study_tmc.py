@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import main
+from study import main, make_delta
 from tmc_data import CONFIG, TAUGHT, make_grown, make_hot, taught
 
 from orbq.data import open_dataset
@@ -264,6 +264,18 @@ STUDIES["grown_energies_hot"] = {
     )
     for s, subset in SUBSETS.items()
 }
+# what is left to learn where GFN1's energies and forces are known exactly, at inference too
+STUDIES["grown_delta_hot"] = {
+    f"delta{n or ''}-{s}": (
+        *_TAUGHT["long_unsloped"],
+        "data.dataset='@delta'",
+        f"data.split_seed={s}",
+        f"data.subset_seed={subset if n else 0}",
+        f"ablation.n_train=[{n}]",
+    )
+    for n in (200, 0, 100)
+    for s, subset in SUBSETS.items()
+}
 STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
     for s in GROWN_SPLITS
@@ -285,6 +297,9 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the sets and teach the networks that a study begins from, once."""
     if study.startswith("grown"):
         words = make_grown(place)
+        if study == "grown_delta_hot":
+            words["@delta"] = str(place / "grown-delta")
+            make_delta(place / "grown", place / "grown-delta")
         kind = study.split("_")[-1]
         distorted = kind in ("hot", "longer")
         if distorted:
