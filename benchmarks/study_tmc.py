@@ -209,7 +209,6 @@ _NO_SLOPE = "data.charge_reference=false"
 _TAUGHT = {
     "long": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG),
     "longest": (*_OWN, *_ALONE, "ablation.seeds=[0]", "training.n_steps=36000"),
-    "long_unsloped": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG, _NO_SLOPE),
     "guided": (*_SHIPPED, "data.references=guided"),
     "sloped": (*_SHIPPED, "data.references=taught"),
     "taught": (*_SHIPPED, "data.references=taught", _NO_SLOPE),
@@ -224,18 +223,18 @@ STUDIES["grown_taught_hot"] = {
     for n in (100, 200, 0)
     for s, subset in {10: 2, **SUBSETS}.items()
     for name, arm in _TAUGHT.items()
-    if name != ("longest" if n else "long")
+    if name != ("longest" if n else "long")  # training alone to its end, of all structures
 }
 # no slope in any arm: charges of the same structures, training alone to its end, and other sizes
 _BOTH_LONG = (*_OWN, *_BOTH, _LONG, _NO_SLOPE)
 _ONCE, _TWICE = "ablation.seeds=[0]", "ablation.seeds=[0, 1]"
+_UNSLOPED_ALONE = (*_TAUGHT["long"], _NO_SLOPE)
 _UNSLOPED = (  # name, structures with DFT (0: all), overrides
     ("own", 0, (*_BOTH_LONG, _TWICE)),
     ("taught", 0, _TAUGHT["taught"]),
     ("longest", 0, (*_TAUGHT["longest"], _NO_SLOPE)),
     ("taught", 400, _TAUGHT["taught"]),
-    ("own", 200, (*_BOTH_LONG, _ONCE)),
-    *(("alone", n, _TAUGHT["long_unsloped"]) for n in (400, 100)),
+    *(("alone", n, _UNSLOPED_ALONE) for n in (400, 100, 200)),
 )
 STUDIES["grown_unsloped_hot"] = {
     f"{name}{n or ''}-{s}": (
@@ -250,30 +249,28 @@ STUDIES["grown_unsloped_hot"] = {
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = "loss.weights.forces=0"
 STUDIES["grown_energies_hot"] = {
-    f"{name}{n or ''}-{s}": (
-        *arm,
+    f"own{n or ''}-{s}": (
+        *_BOTH_LONG,
+        _ONCE,
+        "ablation.weights=[0.0, 1.0, 8.0]",
         _NO_FORCES,
         f"data.split_seed={s}",
         f"data.subset_seed={subset if n else 0}",
         f"ablation.n_train=[{n}]",
     )
-    for name, n, arm in (
-        ("own", 0, (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]")),
-        ("taught", 0, _TAUGHT["taught"]),
-        ("own", 200, (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]")),
-    )
+    for n in (0, 200)
     for s, subset in SUBSETS.items()
 }
 # what is left to learn where GFN1's energies and forces are known exactly, at inference too
 STUDIES["grown_delta_hot"] = {
     f"delta{n or ''}-{s}": (
-        *_TAUGHT["long_unsloped"],
+        *_UNSLOPED_ALONE,
         "data.dataset='@delta'",
         f"data.split_seed={s}",
         f"data.subset_seed={subset if n else 0}",
         f"ablation.n_train=[{n}]",
     )
-    for n in (200, 0, 100)
+    for n in (200, 0)
     for s, subset in SUBSETS.items()
 }
 STUDIES["grown_long_hot"] = {

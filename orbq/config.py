@@ -104,7 +104,7 @@ class Data(Section):
     n_train: CountOrZero = 0
     subset_seed: CountOrZero = 0
     references: References = "fit"
-    charge_reference: bool = True
+    charge_reference: bool = False
 
 
 class Model(Section):

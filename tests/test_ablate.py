@@ -44,7 +44,6 @@ def config(dataset: str | Path = "tmc", directory: str | Path = "x", **sections:
             "split": "within",
             "validation_fraction": 0.2,
             "test_fraction": 0.3,
-            "charge_reference": False,
         },
         "model": {**MODEL, "n_layers": 1},
         "loss": {"weights": {"forces": 0.0}},
