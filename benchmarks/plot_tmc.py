@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from curves import Errors, change_text, compare, draw_curves, factor_text
@@ -69,7 +70,11 @@ CURVES = {  # baseline first; as much CPU time each
     "guided": "and with guided references",
     "longer": "and taught three times as long",
 }
-TAUGHT = "tmc_grown_taught_hot"  # other references in every arm
+# other references in every arm: plot_taught.py
+APART = (
+    "tmc_grown_rates",
+    *(f"tmc_grown_{s}_hot" for s in ("taught", "unsloped", "delta", "energies")),
+)
 CHOOSES = 10  # the split by which arms are chosen
 ALL = 814  # mean size of the four training splits
 
@@ -77,14 +82,16 @@ ALL = 814  # mean size of the four training splits
 def read(metric: str) -> dict[str, dict[int, Errors]]:
     """Test errors of every arm that has been trained, by the size of its subset (ALL: no subset)
     and (split, seed)."""
-    apart = ("tmc_grown_rates", TAUGHT)
-    paths = [p for p in sorted(RESULTS.glob("tmc_grown*.jsonl")) if p.stem not in apart]
+    paths = [p for p in sorted(RESULTS.glob("tmc_grown*.jsonl")) if p.stem not in APART]
     found = read_from(paths, metric)
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
-def read_from(paths: Iterable[Path], metric: str) -> dict[str, dict[int, Errors]]:
-    """The same of these files, whatever their arms are called; splits that report alone."""
+def read_from(
+    paths: Iterable[Path], metric: str, wanted: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> dict[str, dict[int, Errors]]:
+    """The same of these files, whatever their arms are called, of the records that are wanted;
+    splits that report alone."""
     found: dict[str, dict[int, Errors]] = defaultdict(lambda: defaultdict(dict))
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -92,7 +99,7 @@ def read_from(paths: Iterable[Path], metric: str) -> dict[str, dict[int, Errors]
             kind, size = kind_and_size(record["ablation"])
             arm = record["arm"] if kind in ("own", "dft") else kind
             split = int(record["ablation"].split("-")[1])
-            if split == CHOOSES:
+            if split == CHOOSES or not wanted(record):
                 continue
             found[arm][size][split, record["seed"]] = record["test"][metric]
     for arm in found.values():
@@ -142,7 +149,6 @@ def main() -> None:
                 for m, n in LABELS.items()
             ]
             print(f"{arm} against {base}: {', '.join(both)}")
-    tell_taught(curves)
     draw(tables, RESULTS / "tmc_grown.png")
     tell_curves(curves)
     draw_both_curves(curves, RESULTS / "tmc_curves.png")
@@ -167,20 +173,6 @@ def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
                 for m, name in LABELS.items()
             ]
             print(f"{n}: {arm} against {base}: {', '.join(both)}")
-
-
-def tell_taught(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
-    """What references fitted together, and with the readout, bring."""
-    for metric, name in LABELS.items():
-        found = read_from([RESULTS / f"{TAUGHT}.jsonl"], metric)
-        for n, errors in sorted(found["taught"].items()):
-            alone = found["long"][n]
-            print(f"{n}, {name}: alone {_mean(alone):.0f}, taught {_mean(errors):.0f}", end=", ")
-            print(change_text(change(errors, alone)[0]), end="; ")
-            before = curves[metric]["long"][n], curves[metric]["longer"][n]
-            for word, now, then in zip(("alone", "taught"), (alone, errors), before, strict=True):
-                print(f"{word}, before: {change_text(change(now, then)[0])}", end="; ")
-            print(f"against alone before {change_text(change(errors, before[0])[0])}")
 
 
 def _mean(errors: Errors) -> float:

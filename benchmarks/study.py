@@ -51,7 +51,8 @@ def main(
     given = parser.parse_args()
     trials = studies[given.study]
     names = given.only or list(trials)
-    words = prepare(given.work / "data", given.study)
+    # a report needs no data: nothing is made for it
+    words = {} if given.action == "report" else prepare(given.work / "data", given.study)
 
     def config_of(name: str) -> Config:
         place = given.work / given.study / name

@@ -1,0 +1,99 @@
+"""Metal complexes without a slope in the charge: the table and picture of study_tmc.py's
+`grown_unsloped_hot`, `grown_taught_hot`, `grown_delta_hot` and `grown_energies_hot`.
+
+    python benchmarks/plot_taught.py
+
+Training on energies and forces alone, for 12,000 steps and, on all structures, for 36,000, by when
+more no longer help, against the embedded network with references taught, and against learning the
+difference to exact GFN1 energies and forces. A split is a replicate (curves.py). Writes
+results/tmc_taught.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from curves import Errors, change_text, compare, draw_curves, factor_text
+from plot_tmc import ALL, LABELS, RESULTS, UNITS, change, read_from
+
+from orbq.plots import new_figure, save
+
+STUDIES = ("unsloped_hot", "taught_hot", "delta_hot")
+NAMES = {
+    "alone": "energies and forces alone",
+    "delta": "their difference to GFN1's, known exactly",
+    "taught": "alone, after GFN1 labels of others",
+}
+Curves = dict[str, dict[int, Errors]]
+
+
+def read(metric: str) -> Curves:
+    """Test errors by arm, size (ALL: no subset) and (split, seed)."""
+    found = read_from([RESULTS / f"tmc_grown_{study}.jsonl" for study in STUDIES], metric)
+    alone = {**found["alone"], ALL: found["longest"][ALL]}
+    beside = {arm: found[arm] for arm in ("taught", "delta", "energy-only", "onsite")}
+    return {"alone": alone, **beside}
+
+
+def tell(curves: dict[str, Curves]) -> None:
+    """The table of the learning curves, then what else is compared."""
+    print("| structures with DFT | alone | after labels | change | data factor |")
+    for metric, table in curves.items():
+        base, taught = table["alone"], table["taught"]
+        for n in sorted(base):
+            gain, factor = compare(base, taught[n], n)
+            end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
+            means = f"{_mean(base[n]):.0f} | {_mean(taught[n]):.0f}"
+            print(f"| {n}, {LABELS[metric]}, {UNITS[metric]} | {means} | {end} |")
+    for metric, table in curves.items():
+        pairs = [
+            ("taught, against 12,000 steps", table["taught"][ALL], table["energy-only"][ALL]),
+            ("36,000 against 12,000 steps", table["alone"][ALL], table["energy-only"][ALL]),
+            ("onsite of the same", table["onsite"][ALL], table["energy-only"][ALL]),
+        ]
+        for n, base in ((200, table["alone"]), (ALL, {ALL: table["energy-only"][ALL]})):
+            pairs.append((f"delta, {n}", table["delta"][n], base[n]))
+        pairs.append(("taught against delta, 200", table["taught"][200], table["delta"][200]))
+        for name, arm, base in pairs:
+            means = f"{_mean(arm):.0f} against {_mean(base):.0f}"
+            print(f"{LABELS[metric]}: {name}: {means}, {change_text(change(arm, base)[0])}")
+
+
+def tell_energies() -> None:
+    """What `onsite` of the same structures brings where no forces are taught."""
+    metric = "energy_mae_meV"
+    for weight in (1.0, 8.0):
+        found = read_from(
+            [RESULTS / "tmc_grown_energies_hot.jsonl"],
+            metric,
+            lambda r, w=weight: r["weight"] in (0.0, w),
+        )
+        for n in (200, ALL):
+            arm, base = found["onsite"][n], found["energy-only"][n]
+            told = change_text(change(arm, base)[0])
+            print(
+                f"no forces, {n}, weight {weight:g}: {_mean(arm):.0f} / {_mean(base):.0f}, {told}"
+            )
+
+
+def _mean(errors: Errors) -> float:
+    return float(np.mean(list(errors.values())))
+
+
+def draw(curves: dict[str, Curves], path: Path) -> Path:
+    """Errors of energies and of forces against the number of structures with DFT."""
+    figure, axes = new_figure(2, (4.0, 3.6), 2)
+    for axis, (metric, table) in zip(axes, curves.items(), strict=True):
+        draw_curves(axis, {name: table[arm] for arm, name in NAMES.items()})
+        axis.set_xlabel("structures with DFT")
+        axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
+    axes[0].legend(frameon=False, fontsize="small")
+    return save(figure, path)
+
+
+if __name__ == "__main__":
+    found = {metric: read(metric) for metric in LABELS}
+    tell(found)
+    tell_energies()
+    print(draw(found, RESULTS / "tmc_taught.png"))
