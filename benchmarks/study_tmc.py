@@ -225,7 +225,8 @@ STUDIES["grown_taught_hot"] = {
     for name, arm in _TAUGHT.items()
     if name != ("longest" if n else "long")  # training alone to its end, of all structures
 }
-# no slope in any arm: charges of the same structures, training alone to its end, and other sizes
+# no slope in any arm: charges of the same structures, training to its end (the weight decay that
+# split 10 prefers at 200 structures), and other sizes
 _BOTH_LONG = (*_OWN, *_BOTH, _LONG, _NO_SLOPE)
 _ONCE, _TWICE = "ablation.seeds=[0]", "ablation.seeds=[0, 1]"
 _UNSLOPED_ALONE = (*_TAUGHT["long"], _NO_SLOPE)
@@ -234,6 +235,7 @@ _UNSLOPED = (  # name, structures with DFT (0: all), overrides
     ("taught", 0, _TAUGHT["taught"]),
     ("longest", 0, (*_TAUGHT["longest"], _NO_SLOPE)),
     ("taught", 400, _TAUGHT["taught"]),
+    ("taught_long", 0, (*_TAUGHT["taught"], _LONG, "training.weight_decay=0.05")),
     *(("alone", n, _UNSLOPED_ALONE) for n in (400, 100, 200)),
 )
 STUDIES["grown_unsloped_hot"] = {
