@@ -45,12 +45,7 @@ UNSEEN_METALS = ("Fe", "Pd", "Re")
 
 _QM7 = ("data.test_fraction=0.0", "data.validation_fraction=0.15", "data.n_train=400")
 _DEEP = ("model.backbone=mace", "model.n_layers=3", "training.n_steps=4000")
-_TMC = (
-    "data.test_fraction=0.0",
-    "data.unlabelled=[]",
-    "data.charge_reference=false",
-    "training.pretrain_steps=0",
-)
+_TMC = ("data.test_fraction=0.0", "data.unlabelled=[]", "training.pretrain_steps=0")
 _GFN1 = ("loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1")
 QM7_ARMS = {  # as study_qm7.py chose them at N = 400
     "energy-only": ("model.backbone=mace", "model.cutoff=3.0", "training.n_steps=4000"),
@@ -70,7 +65,13 @@ TMC_ARMS = {
         "loss.weights.xtb_energy=0",
         "training.n_steps=12000",
     ),
-    "gfn1-metals": (*_GFN1, *tmc_data.FROM_METALS),
+    "gfn1-kept": (
+        *_GFN1,
+        "training.initial='@taught'",
+        "data.unlabelled=['@hot']",
+        "training.unlabelled_share=0.5",
+        "training.batch_size=16",
+    ),
 }
 
 
@@ -82,7 +83,7 @@ class Task(NamedTuple):
     arms: dict[str, tuple[str, ...]]
     config: Path
     common: tuple[str, ...]
-    taught: Callable[[int], str] | None
+    taught: Callable[[int], str]
     words: dict[str, str]
     unseen_metals: bool = False
 
@@ -123,7 +124,7 @@ def complexes(place: Path, task: str) -> Task:
         "ligands": (lambda f: not _ligands(f) & {*LIGANDS}, lambda f: _ligands(f) & {*LIGANDS}),
         "metals": (lambda f: not _unseen(f), _unseen),
     }[task]
-    arms = TMC_ARMS
+    common = _TMC
     if task == "metals":
         fitted = fit_references(
             [f.numbers for f in frames],
@@ -132,15 +133,14 @@ def complexes(place: Path, task: str) -> Task:
         )
         energies = fitted.references.element[[atomic_numbers[m] for m in UNSEEN_METALS]]
         table = ", ".join(f"{m} = {e}" for m, e in zip(UNSEEN_METALS, energies, strict=True))
-        # energies alone know no element that they have no structure of
-        arms = {"gfn1-metals": (*TMC_ARMS["gfn1-metals"], f"data.references={{{table}}}")}
+        common = (*_TMC, f"data.references={{{table}}}")
     return Task(
         _made([f for f in frames if teaches(f)], place / f"{task}-seen"),
         _made([f for f in frames if tests(f)], place / f"{task}-held-out"),
-        arms,
+        TMC_ARMS,
         tmc_data.CONFIG,
-        _TMC,
-        None,
+        common,
+        lambda seed: tmc_data.taught(place, words["@hot"], "hot", seed),
         words,
         task == "metals",
     )
@@ -164,7 +164,7 @@ def _made(frames: list[Atoms], place: Path) -> str:
 def run_of(task: Task, arm: str, replicate: int, directory: Path) -> orbq.Run:
     """The run of an arm; goes on where it was stopped."""
     words = dict(task.words)
-    if task.taught is not None and arm.startswith("gfn1"):
+    if arm.startswith("gfn1"):
         words["@taught"] = task.taught(replicate)
     own = (
         f"data.dataset='{task.seen}'",
@@ -218,7 +218,8 @@ def main() -> None:
     place = given.work / "data"
     for name in given.tasks:
         task = molecules(place) if name == "larger-molecules" else complexes(place, name)
-        arms = list(task.arms)
+        # a network knows no element that it has no structure of
+        arms = ["gfn1-kept"] if task.unseen_metals else list(task.arms)
         sums: dict[str, dict[str, list[np.ndarray]]] = {arm: defaultdict(list) for arm in arms}
         for replicate, arm in ((r, a) for r in given.replicates for a in arms):
             directory = given.work / "beyond" / name / f"{arm}-{replicate}"

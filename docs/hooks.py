@@ -23,7 +23,7 @@ ELSEWHERE = ("ARCHITECTURE.md", "CHANGELOG.md", "benchmarks/RESULTS.md")
 CHAPTERS = "benchmarks/results/*.md"  # of RESULTS.md
 FIGURES = "benchmarks/results/*.png"  # what they show
 REPOSITORY_LINK = re.compile(
-    r"(?<!!)\[([^\]]+)\]\((?!https?:|#|(?:results/)?[a-z0-9]+\.md\))[^)]+\)"  # chapters stay
+    r"(?<!!)\[([^\]]+)\]\((?!https?:|#|(?:results/)?[a-z0-9_]+\.md\))[^)]+\)"  # chapters stay
 )
 
 # --------------------------------------------------------------------------- pages
