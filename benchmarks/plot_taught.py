@@ -4,7 +4,7 @@
     python benchmarks/plot_taught.py
 
 Training on energies and forces alone (12,000 steps), from the embedded network with references
-taught (4,000 steps, as much CPU time), and on the differences to exact GFN1 energies and forces; on
+taught (4,000 steps), and on the differences to exact GFN1 energies and forces; on
 all structures the first two for three times as long. A split is a replicate (curves.py). Writes
 results/tmc_taught.png.
 """
