@@ -43,10 +43,11 @@ def test_it_reaches_every_backbone(backbone: str) -> None:
 
 
 def test_an_ablation_begun_before_there_was_this_key_goes_on() -> None:
-    plain = parse_config({"training": {"seed": 3}})
-    assert fingerprint(plain) == "e30b42fb032057a0"  # as commit 4753fb3 has it
-    damped = parse_config({"training": {"seed": 3}, "model": {"radial_damping": 1.0}})
-    assert fingerprint(damped) != fingerprint(plain)
+    # as commit 4753fb3 has it, where that of the charge was the default
+    plain = parse_config({"training": {"seed": 3}, "data": {"charge_reference": True}})
+    assert fingerprint(plain) == "e30b42fb032057a0"
+    damped = {"model": {"radial_damping": 1.0}, "data": {"charge_reference": True}}
+    assert fingerprint(parse_config({"training": {"seed": 3}, **damped})) != fingerprint(plain)
 
 
 def test_negative_damping_is_refused() -> None:
