@@ -29,9 +29,10 @@ import jax.numpy as jnp
 
 from orbq.ablate import grid, over_runs
 from orbq.config import parse_config
-from orbq.data import epoch_plan, make_packer, prepare, to_batch
+from orbq.data import make_packer, prepare, to_batch
 from orbq.losses import Batch
 from orbq.models.potential import make_potential
+from orbq.preprocess.plan import epoch_plan
 from orbq.stages import make_stages
 from orbq.study.run import provenance
 from orbq.train import make_init, make_train_step

@@ -11,10 +11,11 @@ without DFT before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from study import main, make_delta
-from tmc_data import CONFIG, TAUGHT, make_grown, make_hot, taught
+from tmc_data import CONFIG, FROM_METALS, TAUGHT, make_grown, make_hot, taught
 
 from orbq.data import open_dataset
 
@@ -154,130 +155,102 @@ STUDIES["grown_hot"] = {
 # CPU time), and for as many steps again from all
 SIZES = (100, 200, 400)
 SUBSETS = {11: 3, 12: 5, 13: 3, 14: 2}  # the first data.subset_seed of which 100 hold all elements
-STUDIES["grown_sizes_hot"] = {
-    f"{name}{n}-{s}{suffix}": (
-        *arm,
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset}",
-        f"ablation.n_train=[{n}]",
-    )
-    for n in SIZES
-    for s, subset in SUBSETS.items()
-    for name, suffix, arm in (
-        ("long", "", (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG)),
-        ("kept_hot", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
-    )
-}
+
+
+def _curves(
+    trials: Iterable[tuple[str, int, tuple[str, ...]]],
+    replicate: str = "",
+    splits: Mapping[int, int] = SUBSETS,
+) -> dict[str, tuple[str, ...]]:
+    """Each (name, structures with DFT or 0 for all, overrides) on each split and its subset."""
+    return {
+        f"{name}{n or ''}-{s}{replicate}": (
+            *arm,
+            f"data.split_seed={s}",
+            f"data.subset_seed={subset if n else 0}",
+            f"ablation.n_train=[{n}]",
+        )
+        for name, n, arm in trials
+        for s, subset in splits.items()
+    }
+
+
+_ONCE, _TWICE = "ablation.seeds=[0]", "ablation.seeds=[0, 1]"
+_ALONE_LONG = (*_OWN, *_ALONE, _ONCE, _LONG)
+_KEPT_HOT = (*_first("hot", 0, FIRST_RATE), *_HOT)
+STUDIES["grown_sizes_hot"] = _curves(("long", n, _ALONE_LONG) for n in SIZES) | _curves(
+    (("kept_hot", n, _KEPT_HOT) for n in SIZES), "-0"
+)
 # reference energies of the atoms fitted beside a multiple of GFN1's energies
-STUDIES["grown_guided_hot"] = {
-    f"{name}{n or ''}-{s}{suffix}": (
-        *arm,
-        "data.references=guided",
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for n in (100, 200, 0)
-    for s, subset in SUBSETS.items()
-    for name, suffix, arm in (
-        ("guided", "-0", (*_first("hot", 0, FIRST_RATE), *_HOT)),
-        ("alone", "", (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG)),
-    )
-}
+_GUIDED = "data.references=guided"
+STUDIES["grown_guided_hot"] = _curves(
+    (("guided", n, (*_KEPT_HOT, _GUIDED)) for n in (100, 200, 0)), "-0"
+) | _curves(("alone", n, (*_ALONE_LONG, _GUIDED)) for n in (100, 200, 0))
 # the same after three times as long a teaching
-STUDIES["grown_guided_longer"] = {
-    f"longer{n or ''}-{s}-{r}": (
-        *_first("longer", r, FIRST_RATE),
-        *_HOT,
-        "data.references=guided",
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for r in (0, 1)
-    for n in (100, 200, 400, 0)
-    for s, subset in SUBSETS.items()
-}
+STUDIES["grown_guided_longer"] = {}
+for _r in (0, 1):
+    _arm = (*_first("longer", _r, FIRST_RATE), *_HOT, _GUIDED)
+    STUDIES["grown_guided_longer"] |= _curves((("longer", n, _arm) for n in (*SIZES, 0)), f"-{_r}")
 # references of atoms and charge fitted together, as from here on everywhere, and with the readout
 # of the embedded network, which is that of "longer": split 10 chooses, the others report
-_SHIPPED = (
+CHOOSING = {10: 2}
+_SLOPE, _NO_SLOPE = "data.charge_reference=true", "data.charge_reference=false"
+_FROM_METALS = (
     *(change for change in _first("hot", 0, FIRST_RATE) if "initial" not in change),
-    *_HOT,
-    "training.initial=gfn1-metals",
+    *FROM_METALS,
 )
-_NO_SLOPE = "data.charge_reference=false"
-_TAUGHT = {
-    "long": (*_OWN, *_ALONE, "ablation.seeds=[0]", _LONG),
-    "longest": (*_OWN, *_ALONE, "ablation.seeds=[0]", "training.n_steps=36000"),
-    "guided": (*_SHIPPED, "data.references=guided"),
-    "sloped": (*_SHIPPED, "data.references=taught"),
-    "taught": (*_SHIPPED, "data.references=taught", _NO_SLOPE),
-}
-STUDIES["grown_taught_hot"] = {
-    f"{name}{n or ''}-{s}": (
-        *arm,
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for n in (100, 200, 0)
-    for s, subset in {10: 2, **SUBSETS}.items()
-    for name, arm in _TAUGHT.items()
-    if name != ("longest" if n else "long")  # training alone to its end, of all structures
-}
+_LONGEST = (*_ALONE_LONG, "training.n_steps=36000")
+STUDIES["grown_taught_hot"] = _curves(
+    (
+        (name, n, arm)
+        for n in (100, 200, 0)
+        for name, arm in (
+            ("long", _ALONE_LONG) if n else ("longest", _LONGEST),  # to its end, of all structures
+            ("guided", (*_FROM_METALS, _SLOPE, _GUIDED)),
+            ("sloped", (*_FROM_METALS, _SLOPE)),
+            ("taught", _FROM_METALS),
+        )
+    ),
+    splits=CHOOSING | SUBSETS,
+)
+# what keeps more of GFN1 while DFT is learnt, on the split that chooses
+_DECAYED = "training.weight_decay=0.05"
+STUDIES["grown_tuned_further"] = _curves(
+    (
+        (name, 200, (*_FROM_METALS, *changes))
+        for name, changes in {
+            "none": ("ablation.learning_rates=[5e-3, 1e-2]",),
+            "decayed": (_DECAYED, "ablation.learning_rates=[5e-3, 1e-2]"),
+            "undecayed": ("training.weight_decay=0", "ablation.learning_rates=[1e-3, 2e-3, 5e-3]"),
+            "share": (_DECAYED, "training.unlabelled_share=0.75", "training.batch_size=32"),
+            "weight": (_DECAYED, "loss.weights.xtb_energy=3", "loss.weights.xtb_forces=3"),
+            "further": (_DECAYED, "training.initial='@further0'"),
+        }.items()
+    ),
+    splits=CHOOSING,
+)
 # no slope in any arm: charges of the same structures, training to its end (the weight decay that
 # split 10 prefers at 200 structures), and other sizes
 _BOTH_LONG = (*_OWN, *_BOTH, _LONG, _NO_SLOPE)
-_ONCE, _TWICE = "ablation.seeds=[0]", "ablation.seeds=[0, 1]"
-_UNSLOPED_ALONE = (*_TAUGHT["long"], _NO_SLOPE)
-_UNSLOPED = (  # name, structures with DFT (0: all), overrides
-    ("own", 0, (*_BOTH_LONG, _TWICE)),
-    ("taught", 0, _TAUGHT["taught"]),
-    ("longest", 0, (*_TAUGHT["longest"], _NO_SLOPE)),
-    ("taught", 400, _TAUGHT["taught"]),
-    ("taught_long", 0, (*_TAUGHT["taught"], _LONG, "training.weight_decay=0.05")),
-    *(("alone", n, _UNSLOPED_ALONE) for n in (400, 100, 200)),
+_UNSLOPED_ALONE = (*_ALONE_LONG, _NO_SLOPE)
+STUDIES["grown_unsloped_hot"] = _curves(
+    (
+        ("own", 0, (*_BOTH_LONG, _TWICE)),
+        ("taught", 0, _FROM_METALS),
+        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+        ("taught", 400, _FROM_METALS),
+        ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED)),
+        *(("alone", n, _UNSLOPED_ALONE) for n in SIZES),
+    )
 )
-STUDIES["grown_unsloped_hot"] = {
-    f"{name}{n or ''}-{s}": (
-        *arm,
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for name, n, arm in _UNSLOPED
-    for s, subset in SUBSETS.items()
-}
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
-_NO_FORCES = "loss.weights.forces=0"
-STUDIES["grown_energies_hot"] = {
-    f"own{n or ''}-{s}": (
-        *_BOTH_LONG,
-        _ONCE,
-        "ablation.weights=[0.0, 1.0, 8.0]",
-        _NO_FORCES,
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for n in (0, 200)
-    for s, subset in SUBSETS.items()
-}
+_NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
+STUDIES["grown_energies_hot"] = _curves(("own", n, _NO_FORCES) for n in (0, 200))
 # what is left to learn where GFN1's energies and forces are known exactly, at inference too
-STUDIES["grown_delta_hot"] = {
-    f"delta{n or ''}-{s}": (
-        *_UNSLOPED_ALONE,
-        "data.dataset='@delta'",
-        f"data.split_seed={s}",
-        f"data.subset_seed={subset if n else 0}",
-        f"ablation.n_train=[{n}]",
-    )
-    for n in (200, 0)
-    for s, subset in SUBSETS.items()
-}
+_DELTA = (*_UNSLOPED_ALONE, "data.dataset='@delta'")
+STUDIES["grown_delta_hot"] = _curves(("delta", n, _DELTA) for n in (200, 0))
 STUDIES["grown_long_hot"] = {
-    f"hot_long-{s}-0": (*_first("hot", 0, FIRST_RATE), *_HOT, _LONG, f"data.split_seed={s}")
-    for s in GROWN_SPLITS
+    f"hot_long-{s}-0": (*_KEPT_HOT, _LONG, f"data.split_seed={s}") for s in GROWN_SPLITS
 }
 # charges of the reference method against GFN1's, from one an atom to the whole block
 STUDIES["grown_dft"] = {
@@ -300,7 +273,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             words["@delta"] = str(place / "grown-delta")
             make_delta(place / "grown", place / "grown-delta")
         kind = study.split("_")[-1]
-        distorted = kind in ("hot", "longer")
+        distorted = kind in ("hot", "longer", "further")
         if distorted:
             words["@hot"] = make_hot(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")

@@ -23,7 +23,6 @@ from orbq.models.potential import Architecture, Constants
 from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
-from orbq.preprocess.plan import make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
 from orbq.preprocess.references import Fit, References, fit_of, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
@@ -370,20 +369,6 @@ def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
         dtype=np.dtype(config.training.precision),
         rotate=config.training.rotate,
     )
-
-
-def epoch_plan(
-    pool: Pool, n_labelled: int, share: float, budget: Budget, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """Batches of one epoch: the first ``n_labelled`` items, each once, and so many of the others,
-    chosen anew each epoch, that they make up ``share`` of the structures."""
-    items = np.arange(n_labelled)
-    if share > 0:
-        others = np.random.default_rng([seed, epoch, 2]).permutation(len(pool) - n_labelled)
-        wanted = len(others) if share >= 1 else round(share / (1 - share) * n_labelled)
-        items = np.concatenate([items, n_labelled + np.sort(others[:wanted])])
-    plan = make_plan(pool.n_nodes[items], pool.n_edges[items], budget, seed, epoch)
-    return [items[batch] for batch in plan]
 
 
 def to_batch(packed: PackedBatch) -> Batch:

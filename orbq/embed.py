@@ -25,7 +25,7 @@ from orbq.data import to_batch
 from orbq.elements import group, row
 from orbq.errors import InputError
 from orbq.inference import budget_of
-from orbq.models.potential import Params, node_features
+from orbq.models.potential import Params, node_features, smallest_graph
 from orbq.orbitals import SYMBOLS, shells
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Packer
@@ -178,8 +178,6 @@ def features_of(
 
 def untrained(run: Run, seed: int = 0) -> Params:
     """Initial parameters of a run's network: what its form alone knows of the elements."""
-    from orbq.run import smallest_graph
-
     dtype = jax.dtypes.canonicalize_dtype(run.config.training.precision)
     params: Params = jax.jit(run.potential.init)(jax.random.key(seed), *smallest_graph(dtype))
     return params

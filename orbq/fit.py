@@ -23,13 +23,14 @@ import numpy as np
 from orbq import checkpoint, devices, records
 from orbq.compiled import Counted, configure_jax
 from orbq.config import Config
-from orbq.data import TrainingData, epoch_plan, make_packer, to_batch
+from orbq.data import TrainingData, make_packer, to_batch
 from orbq.devices import Layout
 from orbq.errors import OrbqError, PreemptedError
 from orbq.initial import check_apart, prepare_from, started_from
 from orbq.losses import Batch
 from orbq.models.potential import make_potential
 from orbq.preprocess.pack import Packer
+from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
 from orbq.preprocess.store import write_atomically
 from orbq.reporter import Reporter, Silent, Speed

@@ -20,7 +20,7 @@ from orbq.config import Config
 from orbq.data import TrainingData
 from orbq.errors import InputError
 from orbq.models.heads import n_parameters
-from orbq.models.potential import Potential
+from orbq.models.potential import Potential, smallest_graph
 from orbq.preprocess.links import refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
@@ -33,7 +33,6 @@ from orbq.run import (
     STATISTICS_FILE,
     read_description,
     save_description,
-    smallest_graph,
     stored_config,
 )
 

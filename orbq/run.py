@@ -33,6 +33,7 @@ from orbq.models.potential import (
     energy_fn,
     make_potential,
     predict,
+    smallest_graph,
 )
 from orbq.orbitals import GFN1, SYMBOLS
 from orbq.preprocess.form import read_json
@@ -386,22 +387,3 @@ def _architecture(stored: Mapping[str, Any]) -> Architecture:
     if unavailable():
         fields["kernels"] = "xla"  # computes the same
     return Architecture(**fields)
-
-
-def smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:
-    """One atom with one edge: enough to know the parameters' shapes."""
-    zero = jnp.zeros(1, jnp.int32)
-    graph = jraph.GraphsTuple(
-        nodes={"numbers": zero},
-        edges={"shifts": jnp.ones((1, 3), dtype)},
-        senders=zero,
-        receivers=zero,
-        n_node=zero + 1,
-        n_edge=zero + 1,
-        globals={
-            "total_charge": jnp.zeros(1, dtype),
-            "spin_multiplicity": jnp.ones(1, dtype),
-            "mask": jnp.ones(1, bool),
-        },
-    )
-    return jnp.zeros((1, 3), dtype), graph

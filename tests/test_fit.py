@@ -18,10 +18,11 @@ from training_runs import (
 )
 
 from orbq import checkpoint
-from orbq.data import TrainingData, epoch_plan, prepare, split_of
+from orbq.data import TrainingData, prepare, split_of
 from orbq.errors import InputError
 from orbq.fit import fit
 from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.store import Dataset
 from orbq.stages import make_stages
 

@@ -13,11 +13,11 @@ import numpy as np
 from orbq import checkpoint
 from orbq.config import parse_config
 from orbq.data import architecture_of
-from orbq.models.potential import Constants, make_potential
+from orbq.models.potential import Constants, make_potential, smallest_graph
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.frames import find_sources, read_frames
 from orbq.preprocess.references import References
-from orbq.run import CHECKPOINTS, Run, save_description, smallest_graph
+from orbq.run import CHECKPOINTS, Run, save_description
 from orbq.targets import TARGETS, Statistics
 
 MODEL: dict[str, Any] = {

@@ -312,3 +312,22 @@ def predict(
     if "xtb_forces" in targets:
         charges["xtb_forces"] = -pullback((zero, one.astype(second.dtype)))[0]
     return Prediction(energy, -gradient, {t: charges[t] for t in targets})
+
+
+def smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:
+    """One atom with one edge: enough to know the parameters' shapes."""
+    zero = jnp.zeros(1, jnp.int32)
+    graph = jraph.GraphsTuple(
+        nodes={"numbers": zero},
+        edges={"shifts": jnp.ones((1, 3), dtype)},
+        senders=zero,
+        receivers=zero,
+        n_node=zero + 1,
+        n_edge=zero + 1,
+        globals={
+            "total_charge": jnp.zeros(1, dtype),
+            "spin_multiplicity": jnp.ones(1, dtype),
+            "mask": jnp.ones(1, bool),
+        },
+    )
+    return jnp.zeros((1, 3), dtype), graph

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.preprocess.pool import Pool
 
 LOOKAHEAD = 256  # structures among which a batch chooses its last members
 CLOSING = 3.0  # edges left, in mean structures, at which the choice begins
@@ -58,6 +59,20 @@ def make_plan(
     check_fits(n_nodes, n_edges, budget)
     order = np.random.default_rng([seed, epoch]).permutation(len(n_nodes))
     return list(_pack(order, n_nodes, n_edges, budget))
+
+
+def epoch_plan(
+    pool: Pool, n_labelled: int, share: float, budget: Budget, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Batches of one epoch: the first ``n_labelled`` items, each once, and so many of the others,
+    chosen anew each epoch, that they make up ``share`` of the structures."""
+    items = np.arange(n_labelled)
+    if share > 0:
+        others = np.random.default_rng([seed, epoch, 2]).permutation(len(pool) - n_labelled)
+        wanted = len(others) if share >= 1 else round(share / (1 - share) * n_labelled)
+        items = np.concatenate([items, n_labelled + np.sort(others[:wanted])])
+    plan = make_plan(pool.n_nodes[items], pool.n_edges[items], budget, seed, epoch)
+    return [items[batch] for batch in plan]
 
 
 def check_fits(n_nodes: np.ndarray, n_edges: np.ndarray, budget: Budget) -> None:

@@ -27,13 +27,14 @@ from orbq.ablate import (
     over_runs,
     start_selection,
 )
-from orbq.data import TrainingData, epoch_plan, make_packer, to_batch
+from orbq.data import TrainingData, make_packer, to_batch
 from orbq.errors import OrbqError
 from orbq.initial import prepare_from, started_from
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
 from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
+from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
 from orbq.stages import Stage, make_stages
 from orbq.study.plan import Program, RunSpec, settings_of
