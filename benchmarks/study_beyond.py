@@ -6,9 +6,9 @@
 split of study_qm7.py (split 1) are the test; labels are of those of seven in its training split. On
 the complexes of tmc_data.py: ``larger-complexes``, up to nine atoms teach, twelve and more are the
 test; ``ligands`` and ``metals``, no complex with one of LIGANDS, or of UNSEEN_METALS, teaches.
-Arms: energies (and forces) alone, on complexes for as long as the last arm takes; with molecules,
-charges of the same; and GFN1-xTB labels of structures without DFT first, among which are the larger
-ones, and the ligands and metals held out. A network that has no energy of a metal cannot know it up
+Arms: energies (and forces) alone, complexes for three times the steps; with molecules, charges of
+the same; and GFN1-xTB labels of structures without DFT first, among which are the larger ones, and
+the ligands and metals held out (complexes: the embedded network, and such labels in each batch). A network that has no energy of a metal cannot know it up
 to a constant: there the error is told after each metal's median error is taken off, too.
 Changes against the first arm have a 95 % interval over the structures held out (bootstrap of whole
 groups, the replicates' errors together). Writes results/beyond.jsonl; training goes on where it was
@@ -45,8 +45,7 @@ UNSEEN_METALS = ("Fe", "Pd", "Re")
 
 _QM7 = ("data.test_fraction=0.0", "data.validation_fraction=0.15", "data.n_train=400")
 _DEEP = ("model.backbone=mace", "model.n_layers=3", "training.n_steps=4000")
-_TMC = ("data.test_fraction=0.0", "data.unlabelled=[]", "training.pretrain_steps=0")
-_GFN1 = ("loss.weights.xtb_energy=1", "loss.weights.xtb_forces=1")
+_TMC = ("data.test_fraction=0.0", "data.charge_reference=false", "training.pretrain_steps=0")
 QM7_ARMS = {  # as study_qm7.py chose them at N = 400
     "energy-only": ("model.backbone=mace", "model.cutoff=3.0", "training.n_steps=4000"),
     "onsite": (*_DEEP, "model.cutoff=4.0", "loss.weights.onsite=8"),
@@ -61,17 +60,12 @@ QM7_ARMS = {  # as study_qm7.py chose them at N = 400
 }
 TMC_ARMS = {
     "energy-only": (
+        "data.unlabelled=[]",
         "loss.weights.onsite=0",
         "loss.weights.xtb_energy=0",
         "training.n_steps=12000",
     ),
-    "gfn1-kept": (
-        *_GFN1,
-        "training.initial='@taught'",
-        "data.unlabelled=['@hot']",
-        "training.unlabelled_share=0.5",
-        "training.batch_size=16",
-    ),
+    "gfn1-metals": (*tmc_data.FROM_METALS, "loss.weights.xtb_forces=1"),
 }
 
 
@@ -83,8 +77,8 @@ class Task(NamedTuple):
     arms: dict[str, tuple[str, ...]]
     config: Path
     common: tuple[str, ...]
-    taught: Callable[[int], str]
     words: dict[str, str]
+    taught: Callable[[int], str] | None = None  # directory of the network that an arm begins with
     unseen_metals: bool = False
 
 
@@ -109,8 +103,8 @@ def molecules(place: Path) -> Task:
         QM7_ARMS,
         qm7_data.CONFIG,
         _QM7,
-        lambda seed: qm7_data.pretrained(place / "seven", rest, "both", seed),
         words,
+        lambda seed: qm7_data.pretrained(place / "seven", rest, "both", seed),
     )
 
 
@@ -124,12 +118,12 @@ def complexes(place: Path, task: str) -> Task:
         "ligands": (lambda f: not _ligands(f) & {*LIGANDS}, lambda f: _ligands(f) & {*LIGANDS}),
         "metals": (lambda f: not _unseen(f), _unseen),
     }[task]
-    common = _TMC
+    common: tuple[str, ...] = _TMC
     if task == "metals":
         fitted = fit_references(
             [f.numbers for f in frames],
             np.array([f.get_potential_energy() for f in frames]),
-            np.array([f.info["charge"] for f in frames]),
+            fit_charge=False,
         )
         energies = fitted.references.element[[atomic_numbers[m] for m in UNSEEN_METALS]]
         table = ", ".join(f"{m} = {e}" for m, e in zip(UNSEEN_METALS, energies, strict=True))
@@ -140,9 +134,8 @@ def complexes(place: Path, task: str) -> Task:
         TMC_ARMS,
         tmc_data.CONFIG,
         common,
-        lambda seed: tmc_data.taught(place, words["@hot"], "hot", seed),
         words,
-        task == "metals",
+        unseen_metals=task == "metals",
     )
 
 
@@ -164,14 +157,14 @@ def _made(frames: list[Atoms], place: Path) -> str:
 def run_of(task: Task, arm: str, replicate: int, directory: Path) -> orbq.Run:
     """The run of an arm; goes on where it was stopped."""
     words = dict(task.words)
-    if arm.startswith("gfn1"):
+    if task.taught and arm.startswith("gfn1"):
         words["@taught"] = task.taught(replicate)
     own = (
         f"data.dataset='{task.seen}'",
         f"data.split_seed={replicate}",
         f"training.seed={replicate}",
     )
-    return trained(task.config, [*task.common, *task.arms[arm], *own], words, directory)
+    return trained(task.config, [*task.arms[arm], *task.common, *own], words, directory)
 
 
 def measured(run: orbq.Run, task: Task) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -219,7 +212,7 @@ def main() -> None:
     for name in given.tasks:
         task = molecules(place) if name == "larger-molecules" else complexes(place, name)
         # a network knows no element that it has no structure of
-        arms = ["gfn1-kept"] if task.unseen_metals else list(task.arms)
+        arms = ["gfn1-metals"] if task.unseen_metals else list(task.arms)
         sums: dict[str, dict[str, list[np.ndarray]]] = {arm: defaultdict(list) for arm in arms}
         for replicate, arm in ((r, a) for r in given.replicates for a in arms):
             directory = given.work / "beyond" / name / f"{arm}-{replicate}"
