@@ -8,11 +8,11 @@ the complexes of tmc_data.py: ``larger-complexes``, up to nine atoms teach, twel
 test; ``ligands`` and ``metals``, no complex with one of LIGANDS, or of UNSEEN_METALS, teaches.
 Arms: energies (and forces) alone, complexes for three times the steps; with molecules, charges of
 the same; and GFN1-xTB labels of structures without DFT first, among which are the larger ones, and
-the ligands and metals held out (complexes: the embedded network, and such labels in each batch). A network that has no energy of a metal cannot know it up
-to a constant: there the error is told after each metal's median error is taken off, too.
-Changes against the first arm have a 95 % interval over the structures held out (bootstrap of whole
-groups, the replicates' errors together). Writes results/beyond.jsonl; training goes on where it was
-stopped.
+the ligands and metals held out (complexes: the embedded network, and such labels in each batch).
+A network that has no energy of a metal cannot know it up to a constant: there the error is told
+after each metal's median error is taken off, too. Changes against the first arm have a 95 %
+interval over the structures held out (bootstrap of whole groups, the replicates' errors together).
+Writes results/beyond.jsonl; training goes on where it was stopped.
 """
 
 from __future__ import annotations
