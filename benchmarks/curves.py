@@ -55,6 +55,11 @@ def compare(
     )
 
 
+def mean(errors: Errors) -> float:
+    """Over replicates."""
+    return float(np.mean(list(errors.values())))
+
+
 def change_text(change: np.ndarray) -> str:
     """-22 % (-36 to -6)"""
     return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * change))

@@ -4,20 +4,15 @@
     python benchmarks/plot_taught.py
 
 Training on energies and forces alone (12,000 steps), from the embedded network with references
-taught (4,000 steps), and on the differences to exact GFN1 energies and forces; on
-all structures the first two for three times as long. A split is a replicate (curves.py). Writes
+taught (4,000 steps), and on the differences to exact GFN1 energies and forces; on all structures
+the first two for three times as long. A split is a replicate (curves.py). Writes
 results/tmc_taught.png.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-from curves import Errors, change_text, compare, draw_curves, factor_text
-from plot_tmc import ALL, LABELS, RESULTS, UNITS, change, read_from
-
-from orbq.plots import new_figure, save
+from curves import Errors, change_text, compare, factor_text, mean
+from plot_tmc import ALL, LABELS, RESULTS, UNITS, change, draw_both_curves, read_from
 
 STUDIES = ("unsloped_hot", "taught_hot", "delta_hot")
 NAMES = {
@@ -46,7 +41,7 @@ def tell(curves: dict[str, Curves]) -> None:
         for n in sorted(base):
             gain, factor = compare(base, taught[n], n)
             end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
-            means = f"{_mean(base[n]):.0f} | {_mean(taught[n]):.0f}"
+            means = f"{mean(base[n]):.0f} | {mean(taught[n]):.0f}"
             print(f"| {n}, {LABELS[metric]}, {UNITS[metric]} | {means} | {end} |")
     for metric, table in curves.items():
         pairs = [
@@ -68,7 +63,7 @@ def tell(curves: dict[str, Curves]) -> None:
             pairs.append((f"delta, {n}", table["delta"][n], base[n]))
         pairs.append(("taught against delta, 200", table["taught"][200], table["delta"][200]))
         for name, arm, base in pairs:
-            means = f"{_mean(arm):.0f} against {_mean(base):.0f}"
+            means = f"{mean(arm):.0f} against {mean(base):.0f}"
             print(f"{LABELS[metric]}: {name}: {means}, {change_text(change(arm, base)[0])}")
 
 
@@ -84,28 +79,11 @@ def tell_energies() -> None:
         for n in (200, ALL):
             arm, base = found["onsite"][n], found["energy-only"][n]
             told = change_text(change(arm, base)[0])
-            print(
-                f"no forces, {n}, weight {weight:g}: {_mean(arm):.0f} / {_mean(base):.0f}, {told}"
-            )
-
-
-def _mean(errors: Errors) -> float:
-    return float(np.mean(list(errors.values())))
-
-
-def draw(curves: dict[str, Curves], path: Path) -> Path:
-    """Errors of energies and of forces against the number of structures with DFT."""
-    figure, axes = new_figure(2, (4.0, 3.6), 2)
-    for axis, (metric, table) in zip(axes, curves.items(), strict=True):
-        draw_curves(axis, {name: table[arm] for arm, name in NAMES.items()})
-        axis.set_xlabel("structures with DFT")
-        axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
-    axes[0].legend(frameon=False, fontsize="small")
-    return save(figure, path)
+            print(f"no forces, {n}, weight {weight:g}: {mean(arm):.0f} / {mean(base):.0f}, {told}")
 
 
 if __name__ == "__main__":
     found = {metric: read(metric) for metric in LABELS}
     tell(found)
     tell_energies()
-    print(draw(found, RESULTS / "tmc_taught.png"))
+    print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))

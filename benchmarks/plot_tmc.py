@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curves import Errors, change_text, compare, draw_curves, factor_text
+from curves import Errors, change_text, compare, draw_curves, factor_text, mean
 from scipy.stats import t as student
 
 from orbq.plots import COLOURS, MARKERS, new_figure, save
@@ -138,7 +138,7 @@ def main() -> None:
     for arm in energies:
         cells = []
         for table in tables.values():
-            cells.append(f"{np.mean(list(table[arm].values())):.0f}")
+            cells.append(f"{mean(table[arm]):.0f}")
             paired = arm != "energy-only"
             cells.append(change_text(change(table[arm], table["energy-only"])[0]) if paired else "")
         print(f"| {ARMS[arm]} | {len(energies[arm])} | " + " | ".join(cells) + " |")
@@ -151,7 +151,7 @@ def main() -> None:
             print(f"{arm} against {base}: {', '.join(both)}")
     draw(tables, RESULTS / "tmc_grown.png")
     tell_curves(curves)
-    draw_both_curves(curves, RESULTS / "tmc_curves.png")
+    draw_both_curves(curves, CURVES, RESULTS / "tmc_curves.png")
 
 
 def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
@@ -160,12 +160,12 @@ def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
     for metric, table in curves.items():
         base, *others = (table[arm] for arm in CURVES)
         for n in sorted(base):
-            print(f"| {n}, {LABELS[metric]} | alone | {_mean(base[n]):.0f} | | |")
+            print(f"| {n}, {LABELS[metric]} | alone | {mean(base[n]):.0f} | | |")
             for arm, name in zip(others, list(CURVES)[1:], strict=True):
                 if n in arm:
                     gain, factor = compare(base, arm[n], n)
                     end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
-                    print(f"| | {name} | {_mean(arm[n]):.0f} | {end} |")
+                    print(f"| | {name} | {mean(arm[n]):.0f} | {end} |")
     for arm, base in (("guided", "kept_hot"), ("longer", "guided"), ("longer", "kept_hot")):
         for n in sorted({*curves["energy_mae_meV"][arm]} & {*curves["energy_mae_meV"][base]}):
             both = [
@@ -175,15 +175,13 @@ def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
             print(f"{n}: {arm} against {base}: {', '.join(both)}")
 
 
-def _mean(errors: Errors) -> float:
-    return float(np.mean(list(errors.values())))
-
-
-def draw_both_curves(curves: dict[str, dict[str, dict[int, Errors]]], path: Path) -> Path:
-    """Errors of energies and of forces against the number of structures with DFT."""
+def draw_both_curves(
+    curves: dict[str, dict[str, dict[int, Errors]]], names: dict[str, str], path: Path
+) -> Path:
+    """Errors of energies and of forces against the number of structures with DFT, of these arms."""
     figure, axes = new_figure(2, (4.0, 3.6), 2)
     for axis, (metric, table) in zip(axes, curves.items(), strict=True):
-        draw_curves(axis, {name: table[arm] for arm, name in CURVES.items()})
+        draw_curves(axis, {name: table[arm] for arm, name in names.items()})
         axis.set_xlabel("structures with DFT")
         axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
     axes[0].legend(frameon=False, fontsize="small")

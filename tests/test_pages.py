@@ -18,6 +18,7 @@ from orbq.schema import FIELDS, Field
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CHAPTERS = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(DOCS.rglob("*.md"))]
 
 
@@ -82,8 +83,11 @@ def test_the_messages_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    made = {"command-line.md", *(Path(name).name for name in ELSEWHERE)}  # by docs/hooks.py
-    made |= {path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    made = {
+        "command-line.md",
+        *(Path(name).name for name in ELSEWHERE),
+        *CHAPTERS,
+    }  # by docs/hooks.py
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         exists = (page.parent / target).exists()
         assert exists or (DOCS in page.parents and Path(target).name in made), target
@@ -110,7 +114,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
     written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     made = {"command-line.md", "RESULTS.md", "ARCHITECTURE.md", "CHANGELOG.md"}
-    made |= {f"results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    made |= {f"results/{name}" for name in CHAPTERS}
     assert set(leaves(document["nav"])) == written | made
 
 
