@@ -21,17 +21,17 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.ticker import NullLocator
-from plot_tmc import CURVES, LABELS, RESULTS, UNITS, kind_and_size
+from plot_taught import NAMES
+from plot_tmc import LABELS, RESULTS, UNITS, kind_and_size
 
 from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
-STUDIES = ("sizes_hot", "long", "hot", "guided_hot", "guided_longer")
-ARMS = {arm: CURVES[arm] for arm in ("long", "kept_hot")}
-FORMS = {"long": ("long", "longest"), "kept_hot": ("kept_hot", "guided", "longer")}
+STUDIES = ("unsloped_hot", "taught_hot")
+ARMS = {arm: NAMES[arm] for arm in ("alone", "taught")}
+FORMS = {"alone": ("alone", "longest"), "taught": ("taught", "taught_long")}
 MEASURE = "energy_mae_meV"  # in validation, by which a form is chosen
 TAUGHT = 21_396  # structures of tmc_data.make_hot
-# of 20,000 steps, and of "longer": "seconds" of the taught run's summary.json, one idle core
-TEACHING_S = {"kept_hot": 228.0, "guided": 228.0, "longer": 3 * 228.0}
+TEACHING_S = 720.0  # of the embedded network: 60,000 steps, one core (orbq/data/README.md)
 N_SPLITS = 4
 
 
@@ -64,11 +64,11 @@ def points() -> dict[str, dict[int, Point]]:
         forms = {kind: records[kind, size] for kind in FORMS[arm] if (kind, size) in records}
         forms = {kind: runs for kind, runs in forms.items() if len(runs) >= N_SPLITS}
         kind = min(forms, key=lambda kind: mean(r["validation"][MEASURE] for r in forms[kind]))
-        gfn1 = TAUGHT * cost["mean_s"]["gfn1"] + TEACHING_S.get(kind, 0.0)
+        gfn1 = TAUGHT * cost["mean_s"]["gfn1"] + TEACHING_S
         found[arm][size] = Point(
             form=kind,
             dft=size * cost["mean_s"]["dft"],
-            gfn1=gfn1 * (arm != "long"),
+            gfn1=gfn1 * (arm != "alone"),
             training=mean(r["program_cpu_seconds"] / r["program_runs"] for r in forms[kind]),
             errors={m: mean(r["test"][m] for r in forms[kind]) for m in LABELS},
         )
