@@ -243,6 +243,11 @@ STUDIES["grown_unsloped_hot"] = _curves(
         *(("alone", n, _UNSLOPED_ALONE) for n in SIZES),
     )
 )
+# from a second taught network, whose GFN1 energies have no slope in the charge either
+STUDIES["grown_second_anew"] = _curves(
+    (("second", n, (*_FROM_METALS, "training.initial='@anew0'")) for n in (100, 200)),
+    splits=CHOOSING | SUBSETS,
+)
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
 STUDIES["grown_energies_hot"] = _curves(("own", n, _NO_FORCES) for n in (0, 200))
@@ -273,7 +278,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             words["@delta"] = str(place / "grown-delta")
             make_delta(place / "grown", place / "grown-delta")
         kind = study.split("_")[-1]
-        distorted = kind in ("hot", "longer", "further")
+        distorted = kind in ("hot", "longer", "further", "anew")
         if distorted:
             words["@hot"] = make_hot(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")

@@ -45,6 +45,7 @@ TAUGHT = {
 }
 TAUGHT["hot"] = TAUGHT["all"]
 TAUGHT["longer"] = (*TAUGHT["hot"], "training.n_steps=60000", "training.validate_every=6000")
+TAUGHT["anew"] = (*TAUGHT["longer"], "data.charge_reference=false")
 TAUGHT["further"] = (
     *TAUGHT["hot"],
     "training.initial=gfn1-metals",

@@ -224,19 +224,19 @@ def _fit_references(
     wanted = config.data.references
     given = None if isinstance(wanted, str) else wanted
     guided = wanted == "guided"
+    charge = config.data.charge_reference
     fits = {}
     if "xtb_energy" in terms or guided:
         xtb = known.get("xtb_energy")
         if xtb and xtb.known[pool_elements(teaching)].all():  # else ``initial`` refuses the element
             fits["xtb_energy"] = fit_of(teaching, xtb, "xtb_energy")
         else:
-            fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy")
+            fits["xtb_energy"] = fit_pool_references(teaching, "xtb_energy", fit_charge=charge)
     if "energy" in terms and "energy" in known:
         fits["energy"] = fit_of(train, known["energy"])
     elif "energy" in terms and wanted == "taught" and taught:
         fits["energy"] = fit_of(train, taught(train))
     elif "energy" in terms:
-        charge = config.data.charge_reference
         guide = ("xtb_energy", fits["xtb_energy"].references) if guided else None
         fits["energy"] = fit_pool_references(train, "energy", given, charge, guide)
     return {name: fits[name] for name in terms if name in fits}
