@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from study import main, make_delta
-from tmc_data import CONFIG, FROM_METALS, TAUGHT, make_grown, make_hot, taught
+from tmc_data import CONFIG, FROM_METALS, TAUGHT, make_grown, make_hot, make_stand_in, taught
 
 from orbq.data import open_dataset
 
@@ -251,6 +251,15 @@ STUDIES["grown_second_anew"] = _curves(
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
 STUDIES["grown_energies_hot"] = _curves(("own", n, _NO_FORCES) for n in (0, 200))
+# is it that there are too few structures? GFN2-xTB energies of thousands in place of DFT's
+_STEPS = {400: 12000, 1200: 24000, 0: 48000}
+STUDIES["grown_stand_in"] = _curves(
+    (
+        ("own", n, (*_NO_FORCES, _DECAYED, "data.dataset='@stand-in'", f"training.n_steps={steps}"))
+        for n, steps in _STEPS.items()
+    ),
+    splits={11: 0, 12: 0},
+)
 # what is left to learn where GFN1's energies and forces are known exactly, at inference too
 _DELTA = (*_UNSLOPED_ALONE, "data.dataset='@delta'")
 STUDIES["grown_delta_hot"] = _curves(("delta", n, _DELTA) for n in (200, 0))
@@ -278,6 +287,8 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             words["@delta"] = str(place / "grown-delta")
             make_delta(place / "grown", place / "grown-delta")
         kind = study.split("_")[-1]
+        if study == "grown_stand_in":
+            words["@stand-in"] = make_stand_in(place)
         distorted = kind in ("hot", "longer", "further", "anew")
         if distorted:
             words["@hot"] = make_hot(place)

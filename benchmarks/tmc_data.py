@@ -9,13 +9,15 @@ from pathlib import Path
 import ase.io
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
 from orbq.config import load_config
 from orbq.fit import fit
-from orbq.preprocess.label import preprocess
+from orbq.preprocess.label import Recipe, preprocess
+from orbq.preprocess.store import Dataset
 
 HERE = Path(__file__).parent
 METALS = (*range(21, 31), *range(39, 49), 57, *range(72, 81))  # Sc-Zn, Y-Cd, La, Hf-Hg
@@ -100,6 +102,21 @@ def distorted(frame: Atoms, rng: np.random.Generator, reach: float) -> Atoms:
         frame.positions[ligand] += step * along / np.linalg.norm(along)
     frame.positions += rng.normal(0.0, 0.05, frame.positions.shape)
     return frame
+
+
+def make_stand_in(place: Path) -> str:
+    """The complexes without DFT with GFN2-xTB energies in its place: a reference method so cheap
+    that thousands of structures have it."""
+    rest = _rest([frame for path in GROWN for frame in _frames(path)])
+    preprocess(rest, place / "grown-gfn2", Recipe("GFN2-xTB"))
+    labelled = Dataset.open(place / "grown-gfn2")
+    assert len(labelled) == len(rest)
+    for frame, energy, has in zip(
+        rest, labelled["xtb_energy"], labelled["xtb_energy_mask"], strict=True
+    ):
+        frame.calc = SinglePointCalculator(frame, energy=float(energy)) if has else None
+    preprocess(rest, place / "grown-stand-in")
+    return str(place / "grown-stand-in")
 
 
 def make_turned(place: Path) -> str:
