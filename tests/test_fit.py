@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def test_guided_references_leave_out_a_multiple_of_the_xtb_energies(data):
     np.testing.assert_allclose(found, expected[:4], rtol=1e-7)
     plain = prepare(config_of(data, data / "unused")).references["energy"].element[[1, 6, 7, 8]]
     assert np.abs(found - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("slope", [False, True])
+def test_the_slope_in_the_charge_is_fitted_to_both_energies_or_neither(data, tmp_path, slope):
+    shutil.copytree(data / "labelled", tmp_path / "labelled")
+    charges = np.arange(len(Dataset.open(tmp_path / "labelled"))) % 3 - 1
+    np.save(tmp_path / "labelled" / "total_charge.npy", charges.astype(np.int32))
+    own = {"dataset": str(tmp_path / "labelled"), "unlabelled": [], "charge_reference": slope}
+    weights = {"energy": 1.0, "forces": 1.0, "xtb_energy": 1.0}
+    training = {"pretrain_steps": 0, "unlabelled_share": 0.0}
+    config = config_of(data, tmp_path, data=own, loss={"weights": weights}, training=training)
+    references = prepare(config).references
+    for name in ("energy", "xtb_energy"):
+        assert (abs(references[name].charge) > 1e-3) == slope
 
 
 def fitting_charges(dataset: Dataset) -> np.ndarray:
