@@ -14,7 +14,7 @@ from orbq.cli import make_app
 from orbq.config import Config, parse_config
 from orbq.errors import InputError
 from orbq.fit import fit
-from orbq.preprocess.links import refuse_links
+from orbq.preprocess.links import make_directory, refuse_links
 from orbq.run import RUN_FILE
 from orbq.study.report import write_report
 from orbq.study.run import run_ablation
@@ -202,3 +202,14 @@ def test_commands_refuse_a_link_out_of_a_run(trained, outside, arguments, name):
     assert done.exit_code == 2, done.output
     assert f"{link} is a link out of" in done.output.replace("\n", "")
     assert untouched(outside)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_by_the_option_that_names_it(
+    tmp_path: Path,
+) -> None:
+    make_directory(tmp_path / "a" / "b", "--out")
+    make_directory(tmp_path / "a" / "b", "--out")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^--out .*file/c: .*cannot be made \(Not a directory\)"):
+        make_directory(tmp_path / "file" / "c", "--out")

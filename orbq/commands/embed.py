@@ -76,7 +76,7 @@ def embed(
     from orbq.embed_files import require
     from orbq.evaluate import split_rows
     from orbq.inference import open_run
-    from orbq.preprocess.links import refuse_links
+    from orbq.preprocess.links import make_directory, refuse_links
     from orbq.run_plots import names_of
 
     if len(runs) < 2:
@@ -97,6 +97,7 @@ def embed(
         f"{len(atoms.numbers):,} atoms of {len(found.numbers)} elements in {len(atoms.rows):,} of "
         f"{len(rows):,} structures: {', '.join(found.symbols)}"
     )
+    make_directory(out, "--out")
     spaces: dict[str, Space] = {}
     for run_name, run in loaded.items():
         first = next(iter(spaces.values()), None)
@@ -104,10 +105,6 @@ def embed(
             spaces[run_name] = _space(
                 run, data, atoms, found, (batch_size, permutations), first, bar
             )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made ({error.strerror}); name another") from error
     _show(spaces, permutations, console)
     _write(spaces, data, atoms, found, out, chemiscope, console)
 

@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from orbq.errors import InputError
-
 if TYPE_CHECKING:
     from orbq.scores import Evaluation
 
@@ -59,7 +57,7 @@ def evaluate(
     from orbq.evaluate import evaluate as compare
     from orbq.evaluate import split_rows
     from orbq.inference import open_run
-    from orbq.preprocess.links import refuse_links
+    from orbq.preprocess.links import make_directory, refuse_links
     from orbq.scores import report
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -70,7 +68,7 @@ def evaluate(
     loaded, data = open_run(run), open_dataset(dataset)
     name, rows = split_rows(loaded, data, split)
     place = out or run / EVALUATION
-    _claim(place)
+    make_directory(place, "--out")
     with _bar() as bar:
         task = bar.add_task(f"predicting {name}", total=len(rows))
         found = compare(
@@ -88,15 +86,6 @@ def evaluate(
     metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     pictures = draw(found, place) if plots else []
     console.print(Text(f"wrote to {place}: " + ", ".join(p.name for p in [metrics, *pictures])))
-
-
-def _claim(place: Path) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {place}: the directory cannot be made ({error.strerror}); name another"
-        ) from error
 
 
 def _bar() -> Progress:

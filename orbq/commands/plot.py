@@ -54,7 +54,7 @@ def plot(
       orbq plot runs/* --no-parity                      # also while they train
     """
     from orbq.plots import learning_curve_figure
-    from orbq.preprocess.links import refuse_links
+    from orbq.preprocess.links import make_directory, refuse_links
     from orbq.run_plots import (
         curves_csv,
         labels_of,
@@ -72,7 +72,7 @@ def plot(
     for directory in runs:
         if told := progress_of(directory):
             console.print(Text(told, "yellow"))
-    _claim(out)
+    make_directory(out, "--out")
     learning_curve_figure(named, out / "learning-curves.png")
     written = [out / "learning-curves.png", curves_csv(named, out / "learning-curves.csv")]
     console.print(Text("wrote " + ", ".join(map(str, written))))
@@ -99,12 +99,3 @@ def _evaluate(
     part, rows = split_rows(run, data, split)
     console.print(Text(f"{directory}: predicting {len(rows):,} structures ({part} of {data.path})"))
     return evaluate(run, data, rows, batch_size=batch_size)
-
-
-def _claim(place: Path) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {place}: the directory cannot be made ({error.strerror}); name another"
-        ) from error

@@ -1,4 +1,4 @@
-"""Links in a directory that is written to: they would be followed to files outside of it."""
+"""A directory that is written to: making it, and links, which lead to files outside of it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def refuse_links(
                 f"{path} is a link out of {directory}, and orbq writes to no file outside of it: "
                 f"take it away, or choose another {option}"
             )
+
+
+def make_directory(directory: Path, option: str) -> None:
+    """Make what the option names, with its parents; raises InputError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{option} {directory}: the directory cannot be made ({error.strerror}); name another"
+        ) from error
 
 
 def _links(directory: Path, written: Sequence[str], foreign: Sequence[str]) -> Iterator[Path]:
