@@ -253,9 +253,12 @@ _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weig
 STUDIES["grown_energies_hot"] = _curves(("own", n, _NO_FORCES) for n in (0, 200))
 # is it that there are too few structures? GFN2-xTB energies of thousands in place of DFT's
 _STEPS = {400: 12000, 1200: 24000, 0: 48000}
+_STAND_IN = (*_NO_FORCES, _DECAYED, "data.dataset='@stand-in'")
+_WIDE = ("model.n_layers=3", "model.n_channels=64", "ablation.weights=[0.0, 1.0]")
 STUDIES["grown_stand_in"] = _curves(
     (
-        ("own", n, (*_NO_FORCES, _DECAYED, "data.dataset='@stand-in'", f"training.n_steps={steps}"))
+        (name, n, (*_STAND_IN, f"training.n_steps={steps}", *changes))
+        for name, changes in (("own", ()), ("wide", _WIDE))
         for n, steps in _STEPS.items()
     ),
     splits={11: 0, 12: 0},
