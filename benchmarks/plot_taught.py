@@ -18,7 +18,7 @@ STUDIES = ("unsloped_hot", "taught_hot", "delta_hot")
 NAMES = {
     "alone": "energies and forces alone",
     "delta": "their difference to GFN1's, known exactly",
-    "taught": "the same, after GFN1 labels of others",
+    "taught": "energies and forces, after GFN1 labels of others",
 }
 Curves = dict[str, dict[int, Errors]]
 

@@ -70,10 +70,12 @@ CURVES = {  # baseline first; as much CPU time each
     "guided": "and with guided references",
     "longer": "and taught three times as long",
 }
-# other references in every arm: plot_taught.py
-APART = (
-    "tmc_grown_rates",
-    *(f"tmc_grown_{s}_hot" for s in ("taught", "unsloped", "delta", "energies")),
+APART = tuple(  # other references in every arm (plot_taught.py), or choices
+    f"tmc_grown_{study}"
+    for study in (
+        *(f"{name}_hot" for name in ("taught", "unsloped", "delta", "energies")),
+        *("rates", "tuned_further", "second_anew", "stand_in"),
+    )
 )
 CHOOSES = 10  # the split by which arms are chosen
 ALL = 814  # mean size of the four training splits
