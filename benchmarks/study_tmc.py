@@ -250,11 +250,14 @@ STUDIES["grown_second_anew"] = _curves(
 )
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
-STUDIES["grown_energies_hot"] = _curves(("own", n, _NO_FORCES) for n in (0, 200))
+_WIDE = ("model.n_layers=3", "model.n_channels=64", "ablation.weights=[0.0, 1.0]")
+STUDIES["grown_energies_hot"] = _curves(
+    (name, n, (*_NO_FORCES, *changes))
+    for name, n, changes in (("own", 0, ()), ("own", 200, ()), ("wide", 0, _WIDE))
+)
 # is it that there are too few structures? GFN2-xTB energies of thousands in place of DFT's
 _STEPS = {400: 12000, 1200: 24000, 0: 48000}
 _STAND_IN = (*_NO_FORCES, _DECAYED, "data.dataset='@stand-in'")
-_WIDE = ("model.n_layers=3", "model.n_channels=64", "ablation.weights=[0.0, 1.0]")
 STUDIES["grown_stand_in"] = _curves(
     (
         (name, n, (*_STAND_IN, f"training.n_steps={steps}", *changes))
