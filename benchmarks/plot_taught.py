@@ -69,17 +69,20 @@ def tell(curves: dict[str, Curves]) -> None:
 
 def tell_energies() -> None:
     """What `onsite` of the same structures brings where no forces are taught."""
-    metric = "energy_mae_meV"
-    for weight in (1.0, 8.0):
+    path = RESULTS / "tmc_grown_energies_hot.jsonl"
+    for network, n, weight in (
+        *(("own", n, w) for w in (1.0, 8.0) for n in (200, ALL)),
+        ("wide", ALL, 1.0),
+    ):
         found = read_from(
-            [RESULTS / "tmc_grown_energies_hot.jsonl"],
-            metric,
-            lambda r, w=weight: r["weight"] in (0.0, w),
+            [path],
+            "energy_mae_meV",
+            lambda r, k=network, w=weight: r["ablation"].startswith(k) and r["weight"] in (0.0, w),
         )
-        for n in (200, ALL):
-            arm, base = found["onsite"][n], found["energy-only"][n]
-            told = change_text(change(arm, base)[0])
-            print(f"no forces, {n}, weight {weight:g}: {mean(arm):.0f} / {mean(base):.0f}, {told}")
+        arm, base = found["onsite"][n], found["energy-only"][n]
+        means = f"{mean(arm):.0f} / {mean(base):.0f}"
+        told = change_text(change(arm, base)[0])
+        print(f"no forces, {network}, {n}, weight {weight:g}: {means}, {told}")
 
 
 if __name__ == "__main__":
