@@ -85,8 +85,18 @@ def tell_energies() -> None:
         print(f"no forces, {network}, {n}, weight {weight:g}: {means}, {told}")
 
 
+def tell_second(curves: dict[str, Curves]) -> None:
+    """The same from a second taught network."""
+    for metric, table in curves.items():
+        second = read_from([RESULTS / "tmc_grown_second_anew.jsonl"], metric)["second"]
+        for n, name in ((n, name) for n in second for name in ("alone", "taught")):
+            told = change_text(change(second[n], table[name][n])[0])
+            print(f"second network, {LABELS[metric]}, {n}: {mean(second[n]):.0f}, {told} to {name}")
+
+
 if __name__ == "__main__":
     found = {metric: read(metric) for metric in LABELS}
     tell(found)
     tell_energies()
+    tell_second(found)
     print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))

@@ -1,6 +1,7 @@
 """Acetylacetone from 50 and 100 configurations with forces: what GFN1-xTB labels bring.
 
     python benchmarks/study_acac.py --work DIRECTORY [--n 50 100] [--seeds 0 1 2] [--arms ARM ...]
+    python benchmarks/study_acac.py --report
 
 DIRECTORY holds the data sets `train`, `test` and `xtb` as configs/acac.toml and acac_gfn1.toml say
 how to make them. One network for all arms (MACE-like, 2 layers, 32 channels), as many steps, the
@@ -12,16 +13,20 @@ same configurations, the best step by the same 50 others; RMSE on the 650 test c
     gfn1-first      after GFN1 energies, forces and on-site charges of these
 
 Writes results/acac_sizes.jsonl; training goes on where it was stopped, and what is recorded is
-not trained again.
+not trained again. The report holds each arm, at each learning rate, against energies and forces
+alone: paired by subset and seed, Student's 95 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from curves import Errors, change_text, mean
+from plot_tmc import change
 from study import record, trained
 
 import orbq
@@ -39,6 +44,7 @@ TARGETS = {
     "forces-first": FORCES,
     "gfn1-first": (*FORCES, *CHARGES),
 }
+STEPS = 6000
 RATE = 5e-3  # better than 2e-3 for energy-only at N = 100
 
 
@@ -72,16 +78,37 @@ def errors(run: orbq.Run, work: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith(("energy_", "forces_"))}
 
 
+def report() -> None:
+    """Means and changes of what is recorded, by configurations, arm and rate."""
+    for label, unit in (("energy_rmse_meV", "meV"), ("forces_rmse_meV_per_A", "meV/Å")):
+        found: dict[tuple[int, str, float], Errors] = defaultdict(dict)
+        for line in RESULTS.read_text(encoding="utf-8").splitlines():
+            r = json.loads(line)
+            if (r.get("energy_weight"), r["steps"]) == (ENERGY, STEPS):
+                found[r["n"], r["arm"], r["rate"]][r["seed"], 0] = r["test"][label]
+        for (n, arm, rate), errors in sorted(found.items()):
+            base = {k: e for k, e in found[n, "energy-only", RATE].items() if k in errors}
+            told = f"{n}, {arm}, rate {rate:g}, {len(errors)} runs: {mean(errors):.2f} {unit}"
+            if arm != "energy-only":
+                told += f" against {mean(base):.2f}, {change_text(change(errors, base)[0])}"
+            print(told)
+
+
 def main() -> None:
     """Train what is not recorded yet; record each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--work", type=Path, help="directory of data and runs")
     parser.add_argument("--n", type=int, nargs="+", default=[50, 100], help="configurations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates")
+    parser.add_argument("--report", action="store_true", help="tell what is recorded")
     given = parser.parse_args()
+    if given.report:
+        return report()
+    if given.work is None:
+        parser.error("--work: the directory of data and runs is needed to train")
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     known = [json.loads(line) for line in lines]
     for seed, n, arm in ((s, n, a) for s in given.seeds for n in given.n for a in given.arms):
