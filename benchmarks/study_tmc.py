@@ -233,9 +233,17 @@ STUDIES["grown_tuned_further"] = _curves(
 # split 10 prefers at 200 structures), and other sizes
 _BOTH_LONG = (*_OWN, *_BOTH, _LONG, _NO_SLOPE)
 _UNSLOPED_ALONE = (*_ALONE_LONG, _NO_SLOPE)
+_WIDE = ("model.n_layers=3", "model.n_channels=64", "ablation.weights=[0.0, 1.0]")
+_CHARGES = (
+    "ablation.baseline=false",
+    "ablation.targets=['dft', 'atomic', 'orbital']",
+    "ablation.weights=[1.0]",
+)
 STUDIES["grown_unsloped_hot"] = _curves(
     (
         ("own", 0, (*_BOTH_LONG, _TWICE)),
+        ("charges", 0, (*_BOTH_LONG, *_CHARGES, _TWICE)),
+        ("wide", 0, (*_BOTH_LONG, *_WIDE, _ONCE)),
         ("taught", 0, _FROM_METALS),
         ("longest", 0, (*_LONGEST, _NO_SLOPE)),
         ("taught", 400, _FROM_METALS),
@@ -250,7 +258,6 @@ STUDIES["grown_second_anew"] = _curves(
 )
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
-_WIDE = ("model.n_layers=3", "model.n_channels=64", "ablation.weights=[0.0, 1.0]")
 STUDIES["grown_energies_hot"] = _curves(
     (name, n, (*_NO_FORCES, *changes))
     for name, n, changes in (("own", 0, ()), ("own", 200, ()), ("wide", 0, _WIDE))
@@ -273,16 +280,7 @@ STUDIES["grown_long_hot"] = {
     f"hot_long-{s}-0": (*_KEPT_HOT, _LONG, f"data.split_seed={s}") for s in GROWN_SPLITS
 }
 # charges of the reference method against GFN1's, from one an atom to the whole block
-STUDIES["grown_dft"] = {
-    f"dft-{s}": (
-        *_split(s),
-        *_OWN,
-        "ablation.baseline=false",
-        "ablation.targets=['dft', 'atomic', 'orbital']",
-        "ablation.weights=[1.0]",
-    )
-    for s in GROWN_SPLITS
-}
+STUDIES["grown_dft"] = {f"dft-{s}": (*_split(s), *_OWN, *_CHARGES) for s in GROWN_SPLITS}
 
 
 def prepare(place: Path, study: str) -> dict[str, str]:
