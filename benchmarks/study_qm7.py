@@ -9,9 +9,9 @@ second argument prints the tables and writes benchmarks/results/qm7_<STUDY>.json
 ``search`` to ``search3`` choose a network for energies alone, on split 0. Everything reported as a
 result is of split 1, whose test molecules took no part in them: ``networks`` chooses each arm's
 network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
-``longest`` (the last of them for four times as long), ``targets`` (other targets and controls, of
-400 molecules), ``weights``, ``first_*`` (after
-pre-training on labels alone) and ``delta`` train on other subsets; ``first_search`` on 0 and 1.
+``longest`` (of 4,000 molecules for four times as long), ``targets`` (other targets and controls, of
+400 molecules), ``weights``, ``first_*`` (after pre-training on labels alone) and ``delta`` train on
+other subsets; ``first_search`` on 0 and 1.
 """
 
 from __future__ import annotations
