@@ -9,9 +9,12 @@ Words in overrides ("@data") stand for paths. Studies of single runs share ``tra
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +105,25 @@ def trained(base: Path, overrides: Iterable[str], words: Mapping[str, str], plac
 
 def record(path: Path, what: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Print a measurement, and keep it with versions, commit and machine in a file of such lines,
-    in place of an earlier one of the same ``what``."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if not what.items() <= json.loads(line).items()]
+    in place of an earlier one of the same ``what``. Processes take turns."""
     facts = {**what, **found}
     print(json.dumps(facts), flush=True)
-    kept.append(json.dumps(facts | {"provenance": provenance()}))
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    own = json.dumps(facts | {"provenance": provenance()})
+    with _turn(path.parent):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if not what.items() <= json.loads(line).items()]
+        write_atomically(path, "".join(f"{line}\n" for line in [*kept, own]))
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """Alone among the processes that write to a directory."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def report(configs: Mapping[str, Config], unit: tuple[str, float]) -> list[dict[str, Any]]:
