@@ -24,6 +24,7 @@ from orbq.errors import OrbqError
 COMMANDS = {
     "demo": "orbq.commands.demo",
     "fetch": "orbq.commands.fetch",
+    "sample": "orbq.commands.sample",
     "preprocess": "orbq.commands.preprocess",
     "inspect": "orbq.commands.inspect",
     "verify": "orbq.commands.verify",
