@@ -1,18 +1,19 @@
-"""Acetylacetone from 50 and 100 configurations with forces: what GFN1-xTB labels bring.
+"""One molecule from 50 and 100 configurations with forces: what GFN1-xTB labels bring.
 
     python benchmarks/study_acac.py --work DIRECTORY [--n 50 100] [--seeds 0 1 2] [--arms ARM ...]
     python benchmarks/study_acac.py --report
 
+Acetylacetone, or with --molecule 3bpa another one, with the settings found for the former.
 DIRECTORY holds the data sets `train`, `test` and `xtb` as configs/acac.toml and acac_gfn1.toml say
-how to make them. One network for all arms (MACE-like, 2 layers, 32 channels), as many steps, the
-same configurations, the best step by the same 50 others; RMSE on the 650 test configurations:
+how to make them, or benchmarks/make_3bpa.py. One network for all arms (MACE-like, 2 layers, 32 channels), as many steps, the
+same configurations, the best step by others, the same for all; RMSE on the test configurations:
 
     energy-only     energies and forces
     onsite          and on-site charges of the same configurations
-    forces-first    after GFN1 energies and forces of 2,400 further configurations, kept as targets
+    forces-first    after GFN1 energies and forces of 2,400 further configurations
     gfn1-first      after GFN1 energies, forces and on-site charges of these
 
-Writes results/acac_sizes.jsonl; training goes on where it was stopped, and what is recorded is
+Writes results/MOLECULE_sizes.jsonl; training goes on where it was stopped, and what is recorded is
 not trained again. The report holds each arm, at each learning rate, against energies and forces
 alone: paired by subset and seed, Student's 95 %.
 """
@@ -32,7 +33,7 @@ from study import record, trained
 import orbq
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "acac_sizes.jsonl"
+RESULTS = HERE / "results"
 CONFIG = HERE.parent / "configs" / "acac.toml"
 NETWORK = ("model.n_channels=32",)
 ENERGY = 0.01  # loss.weights.energy of the configuration; records before it was added had 1
@@ -78,11 +79,11 @@ def errors(run: orbq.Run, work: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith(("energy_", "forces_"))}
 
 
-def report() -> None:
+def report(results: Path) -> None:
     """Means and changes of what is recorded, by configurations, arm and rate."""
     for label, unit in (("energy_rmse_meV", "meV"), ("forces_rmse_meV_per_A", "meV/Å")):
         found: dict[tuple[int, str, float], Errors] = defaultdict(dict)
-        for line in RESULTS.read_text(encoding="utf-8").splitlines():
+        for line in results.read_text(encoding="utf-8").splitlines():
             r = json.loads(line)
             if (r.get("energy_weight"), r["steps"]) == (ENERGY, STEPS):
                 found[r["n"], r["arm"], r["rate"]][r["seed"], 0] = r["test"][label]
@@ -104,12 +105,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE], help="learning rates")
     parser.add_argument("--report", action="store_true", help="tell what is recorded")
+    parser.add_argument("--molecule", choices=("acac", "3bpa"), default="acac")
     given = parser.parse_args()
+    results = RESULTS / f"{given.molecule}_sizes.jsonl"
     if given.report:
-        return report()
+        return report(results)
     if given.work is None:
         parser.error("--work: the directory of data and runs is needed to train")
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = results.read_text().splitlines() if results.exists() else []
     known = [json.loads(line) for line in lines]
     for seed, n, arm in ((s, n, a) for s in given.seeds for n in given.n for a in given.arms):
         for rate in given.rates:
@@ -128,7 +131,7 @@ def main() -> None:
                 *TARGETS[arm],
                 *taught(given.work, arm),
             )
-            record(RESULTS, what, {"test": errors(run, given.work)})
+            record(results, what, {"test": errors(run, given.work)})
 
 
 if __name__ == "__main__":
