@@ -5,8 +5,9 @@
 
 Acetylacetone, or with --molecule 3bpa another one, with the settings found for the former.
 DIRECTORY holds the data sets `train`, `test` and `xtb` as configs/acac.toml and acac_gfn1.toml say
-how to make them, or benchmarks/make_3bpa.py. One network for all arms (MACE-like, 2 layers, 32 channels), as many steps, the
-same configurations, the best step by others, the same for all; RMSE on the test configurations:
+how to make them, or benchmarks/make_3bpa.py. One network for all arms (MACE-like, 2 layers, 32
+channels), as many steps, the same configurations, the best step by others, the same for all; RMSE
+on the test configurations:
 
     energy-only     energies and forces
     onsite          and on-site charges of the same configurations

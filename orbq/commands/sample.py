@@ -58,9 +58,9 @@ def sample(
     groups are written; `orbq preprocess` labels them, and a configuration names them as
     data.unlabelled. Begin from structures that train, not from those that test.
 
-    Each trajectory costs (before + frames x every) / 0.5 fs xTB calculations, 5 to 50 ms each. For
-    a set of many compounds give as many --trajectories as structures, and few --frames. Stopped, it
-    goes on when the same command is given again, where it was, and with the same result.
+    A trajectory takes one calculation of xTB (2 to 50 ms) for each of its before + frames x every
+    fs. For a set of many compounds give as many --trajectories as structures, and few --frames.
+    Stopped, it goes on when the same command is given again, and with the same result.
 
     \b
     Examples:

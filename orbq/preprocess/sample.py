@@ -1,8 +1,9 @@
 """Structures for labels alone: xTB dynamics at several temperatures, from the structures at hand.
 
 What a network learns of them by the labels of xTB spares reference calculations. Every trajectory
-is Langevin dynamics of its own (ASE's, of steps of 0.5 fs); its forces come from the supervised
-processes that label (``supervise``), so that what ends such a process ends one trajectory at most.
+is Langevin dynamics of its own (ASE's, of steps of 1 fs: frames are wanted, not exact motion); its
+forces come from the supervised processes that label (``supervise``), so that what ends such a
+process ends one trajectory at most.
 
 Each frame is kept as it comes, with its momenta, in ``OUT.partial``, and the random numbers after
 it depend on the seed, the trajectory and the frame alone: a sample that was stopped goes on, and is
@@ -38,7 +39,8 @@ from orbq.preprocess.schedule import Resources, check_resources, open_pool
 from orbq.preprocess.text import OPENERS
 from orbq.schema import Structure
 
-TIMESTEP = 0.5  # fs
+TIMESTEP = 1.0  # fs
+ACCURACY = 1.0  # tblite's own default: forces to 1e-4 eV/Å, in a quarter less time than labels take
 FRICTION = 0.02  # 1/fs
 APART = 5.0  # Å; pieces further from each other than this do not belong together
 SETTINGS = "settings.json"
@@ -130,7 +132,7 @@ def _check_settings(sampling: Sampling) -> None:
         if not 0 < kelvin <= MAX_TEMPERATURE:
             raise InputError(f"--temperature {kelvin:g}: above 0, at most {MAX_TEMPERATURE:g} K")
     if not TIMESTEP <= sampling.every < math.inf:
-        raise InputError(f"--every {sampling.every:g}: at least a step of {TIMESTEP} fs")
+        raise InputError(f"--every {sampling.every:g}: at least a step of {TIMESTEP:g} fs")
     if not 0 <= sampling.before < math.inf:
         raise InputError(f"--before {sampling.before:g}: at least 0 fs")
     if sampling.seed < 0:
@@ -211,7 +213,8 @@ class _Forces(Calculator):
     def __init__(self, structure: Structure, method: str, resources: Resources) -> None:
         super().__init__()
         self.spec = supervise.Spec(supervise.WORKER, resources.blas)
-        self.note: dict[str, Any] = {"method": method, "settings": {}, "timeout": resources.timeout}
+        settings = {"accuracy": ACCURACY}
+        self.note = {"method": method, "settings": settings, "timeout": resources.timeout}
         self.arrays = {
             "offsets": np.array([0, len(structure.numbers)]),
             "numbers": np.asarray(structure.numbers),
