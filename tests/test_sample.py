@@ -143,16 +143,16 @@ def test_seeds_and_trajectories_differ(two: Path, tmp_path: Path) -> None:
 def test_what_falls_apart_or_dies_ends_one_trajectory(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two waters that leave each other; a structure on which the xTB process crashes; an ion."""
-    pair = molecule("H2O") + molecule("H2O")
-    pair.positions[3:] += [4.9, 0.0, 0.0]
+    """A row of helium atoms of which two leave each other; a structure on which the xTB process
+    crashes; water and an ion, which nothing happens to."""
+    row = Atoms("He6", [[0.0, 4.99 * i, 0.0] for i in range(6)])
     crashing = molecule("H2O")
     crashing.positions += [faulty_worker.CRASH, 0.0, 0.0] - crashing.positions[0]
-    ase.io.write(tmp_path / "bad.xyz", [pair, crashing], format="extxyz")
+    ase.io.write(tmp_path / "bad.xyz", [row, crashing], format="extxyz")
     command = (sys.executable, "-m", "tests.faulty_worker")
     monkeypatch.setattr(supervise, "WORKER", command)
     out = tmp_path / "out.extxyz"
-    found = sample([tmp_path / "bad.xyz", two], out, SHORT._replace(trajectories=4, every=50.0))
+    found = sample([tmp_path / "bad.xyz", two], out, SHORT._replace(trajectories=4))
     reasons = {ended.start: ended.reason for ended in found.ended}
     assert "pieces more than 5 Å apart" in reasons.pop(f"{tmp_path / 'bad.xyz'} frame 0")
     assert "SIGSEGV (twice)" in reasons.pop(f"{tmp_path / 'bad.xyz'} frame 1")
