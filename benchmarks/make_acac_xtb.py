@@ -5,7 +5,8 @@
 
 Langevin dynamics at each of --temperatures from configurations of the training file, one after the
 other; a frame every 15 fs after 150 fs. At 600 K and above the proton moves between the oxygens.
-No file of test configurations is read. The same seed gives the same frames.
+No file of test configurations is read. The same seed gives the same frames. These are the frames of
+the results; `orbq sample` makes such ones of any structures.
 """
 
 from __future__ import annotations

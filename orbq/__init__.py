@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from orbq.jaxmd import jax_md
     from orbq.preprocess.frames import embedded_path as embedded
     from orbq.preprocess.label import preprocess as label
+    from orbq.preprocess.sample import Sampling, sample
     from orbq.preprocess.store import Dataset
     from orbq.run import Run, load
     from orbq.stablehlo import export
@@ -35,6 +36,7 @@ _LAZY = {
     "Dataset": ("orbq.preprocess.store", "Dataset"),
     "Ensemble": ("orbq.ensemble", "Ensemble"),
     "Run": ("orbq.run", "Run"),
+    "Sampling": ("orbq.preprocess.sample", "Sampling"),
     "export": ("orbq.stablehlo", "export"),
     "jax_md": ("orbq.jaxmd", "jax_md"),
     "embedded": ("orbq.preprocess.frames", "embedded_path"),
@@ -45,6 +47,7 @@ _LAZY = {
     "parse_config": ("orbq.config", "parse_config"),
     "run_ablation": ("orbq.study", "run_ablation"),
     "run_training": ("orbq.fit", "fit"),
+    "sample": ("orbq.preprocess.sample", "sample"),
 }
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "InputError",
     "OrbqError",
     "Run",
+    "Sampling",
     "__version__",
     "embedded",
     "export",
@@ -66,6 +70,7 @@ __all__ = [
     "parse_config",
     "run_ablation",
     "run_training",
+    "sample",
 ]
 
 
