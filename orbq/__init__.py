@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from orbq.jaxmd import jax_md
     from orbq.preprocess.frames import embedded_path as embedded
     from orbq.preprocess.label import preprocess as label
-    from orbq.preprocess.sample import Sampling, sample
+    from orbq.preprocess.sample import sample
     from orbq.preprocess.store import Dataset
+    from orbq.preprocess.trajectory import Sampling
     from orbq.run import Run, load
     from orbq.stablehlo import export
     from orbq.study import run_ablation
@@ -36,7 +37,7 @@ _LAZY = {
     "Dataset": ("orbq.preprocess.store", "Dataset"),
     "Ensemble": ("orbq.ensemble", "Ensemble"),
     "Run": ("orbq.run", "Run"),
-    "Sampling": ("orbq.preprocess.sample", "Sampling"),
+    "Sampling": ("orbq.preprocess.trajectory", "Sampling"),
     "export": ("orbq.stablehlo", "export"),
     "jax_md": ("orbq.jaxmd", "jax_md"),
     "embedded": ("orbq.preprocess.frames", "embedded_path"),

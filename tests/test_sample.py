@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.preprocess import supervise
 from orbq.preprocess.label import preprocess
-from orbq.preprocess.sample import Sampling, sample
+from orbq.preprocess.sample import sample
 from orbq.preprocess.schedule import Resources
+from orbq.preprocess.trajectory import Sampling
 from tests import faulty_worker
 
 SHORT = Sampling((300.0, 900.0), trajectories=3, frames=3, every=3.0, before=5.0)
@@ -123,6 +125,10 @@ def test_a_part_of_another_sample_is_refused(two: Path, tmp_path: Path) -> None:
         sample([two], out, SHORT, on_progress=stop)
     with pytest.raises(InputError, match=r"part of another sample \(seed differ\)"):
         sample([two], out, SHORT._replace(seed=1))
+    with (tmp_path / "out.extxyz.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is writing"):
+            sample([two], out, SHORT)
     (tmp_path / "out.extxyz.partial" / "settings.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         sample([two], out, SHORT)

@@ -69,9 +69,9 @@ def sample(
       orbq sample compounds.extxyz.gz --out more.extxyz --trajectories 800 --frames 3
     """
     from orbq.preprocess.read import Keys
-    from orbq.preprocess.sample import Sampling
     from orbq.preprocess.sample import sample as run
     from orbq.preprocess.schedule import Resources
+    from orbq.preprocess.trajectory import Sampling
 
     kelvins = {"temperatures": tuple(temperature)} if temperature else {}
     sampling = Sampling(

@@ -5,73 +5,43 @@ is Langevin dynamics of its own (ASE's, of steps of 1 fs: frames are wanted, not
 forces come from the supervised processes that label (``supervise``), so that what ends such a
 process ends one trajectory at most.
 
-Each frame is kept as it comes, with its momenta, in ``OUT.partial``, and the random numbers after
-it depend on the seed, the trajectory and the frame alone: a sample that was stopped goes on, and is
-the one it would have been.
+Each frame is kept as it comes in ``OUT.partial`` (``trajectory``): a sample that was stopped goes
+on, and is the one it would have been.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ase import Atoms, units
-from ase.calculators.calculator import Calculator, all_changes
+from ase import Atoms
 from ase.io.extxyz import write_xyz
-from ase.md.langevin import Langevin
 
 from orbq.errors import InputError
 from orbq.orbitals import METHODS
-from orbq.preprocess import store, supervise, wire
+from orbq.preprocess import store
 from orbq.preprocess.check import check
 from orbq.preprocess.frames import find_sources
 from orbq.preprocess.links import make_directory, refuse_links
-from orbq.preprocess.neighbors import molecule_edges
 from orbq.preprocess.read import FIRST_FOUND, Failure, Keys, Reader
 from orbq.preprocess.schedule import Resources, check_resources, open_pool
 from orbq.preprocess.text import OPENERS
+from orbq.preprocess.trajectory import TIMESTEP, Ended, Sampling, Trajectory
 from orbq.schema import Structure
 
-TIMESTEP = 1.0  # fs
-ACCURACY = 1.0  # tblite's own default: forces to 1e-4 eV/Å, in a quarter less time than labels take
-FRICTION = 0.02  # 1/fs
-APART = 5.0  # Å; pieces further from each other than this do not belong together
 SETTINGS = "settings.json"
 PARTIAL = ".partial"
 MAX_TEMPERATURE = 10_000.0  # K
-
-
-class Sampling(NamedTuple):
-    """temperatures: K; the trajectories take them in turns. frames: of each trajectory, one every
-    ``every`` fs after ``before`` fs. seed: others give other structures. method: of xTB."""
-
-    temperatures: tuple[float, ...] = (300.0, 600.0, 1000.0)
-    trajectories: int = 12
-    frames: int = 200
-    every: float = 15.0
-    before: float = 150.0
-    seed: int = 0
-    method: str = "GFN1-xTB"
-
-
 DEFAULTS, HERE = Sampling(), Resources()
-
-
-class Ended(NamedTuple):
-    """A trajectory that ended before its last frame. start: where it began. frames: it has."""
-
-    trajectory: int
-    start: str
-    temperature: float
-    frames: int
-    reason: str
 
 
 class Sampled(NamedTuple):
@@ -112,13 +82,13 @@ def sample(
     reader = Reader(find_sources(inputs), keys)
     starts, left_out = _starts(reader, sampling.method)
     place = out.with_name(out.name + PARTIAL)
-    _workspace(place, _identity(reader, sampling))
-    trajectories = _trajectories(starts, reader, sampling, place)
-    _run_all(trajectories, sampling, resources, on_progress)
-    ended = [found for one in trajectories if (found := one.ended())]
-    frames = [one.n_frames() for one in trajectories]
-    _write(out, trajectories)
-    shutil.rmtree(place)
+    with _workspace(place, _identity(reader, sampling)):
+        trajectories = _trajectories(starts, reader, sampling, place)
+        _run_all(trajectories, sampling, resources, on_progress)
+        ended = [found for one in trajectories if (found := one.ended())]
+        frames = [one.n_frames() for one in trajectories]
+        _write(out, trajectories)
+        shutil.rmtree(place)
     return Sampled(sum(frames), sum(map(bool, frames)), len(starts), left_out, ended)
 
 
@@ -178,14 +148,26 @@ def _identity(reader: Reader, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _workspace(place: Path, identity: dict[str, Any]) -> None:
-    """The directory of what is finished; that of another sample is refused."""
+@contextmanager
+def _workspace(place: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """The directory of what is finished, ours alone; that of another sample is refused."""
     refuse_links(place, "--out")
     make_directory(place, "--out")
-    settings = place / SETTINGS
-    if not settings.exists():
-        store.write_atomically(settings, json.dumps(identity, indent=1))
-        return
+    with (place / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another process is writing to {place}: wait for it") from error
+        settings = place / SETTINGS
+        if settings.exists():
+            _check_same(settings, identity)
+        else:
+            store.write_atomically(settings, json.dumps(identity, indent=1))
+        yield
+
+
+def _check_same(settings: Path, identity: dict[str, Any]) -> None:
+    place = settings.parent
     try:
         there = json.loads(settings.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -198,155 +180,9 @@ def _workspace(place: Path, identity: dict[str, Any]) -> None:
         )
 
 
-# --------------------------------------------------------------------------- one trajectory
-
-
-class _EndError(RuntimeError):
-    """A trajectory cannot go on; the message says why."""
-
-
-class _Forces(Calculator):
-    """xTB energies (eV) and forces (eV/Å) of one structure from a supervised process."""
-
-    implemented_properties = ["energy", "forces"]  # noqa: RUF012 (ASE's own form)
-
-    def __init__(self, structure: Structure, method: str, resources: Resources) -> None:
-        super().__init__()
-        self.spec = supervise.Spec(supervise.WORKER, resources.blas)
-        settings = {"accuracy": ACCURACY}
-        self.note = {"method": method, "settings": settings, "timeout": resources.timeout}
-        self.arrays = {
-            "offsets": np.array([0, len(structure.numbers)]),
-            "numbers": np.asarray(structure.numbers),
-            "total_charge": np.array([structure.total_charge]),
-            "spin_multiplicity": np.array([structure.spin_multiplicity]),
-            "cell": structure.cell[None],
-            "pbc": structure.pbc[None],
-        }
-
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
-    ) -> None:
-        super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
-        arrays = {**self.arrays, "positions": np.asarray(self.atoms.positions)}
-        data = wire.pack(wire.Message(arrays, self.note))
-        reply = wire.unpack(supervise.label_chunk(data, self.spec))
-        if reply.note["failures"]:
-            raise _EndError(reply.note["failures"][0][1])
-        self.results = {
-            "energy": float(reply.arrays["xtb_energy"][0]),
-            "forces": np.array(reply.arrays["xtb_forces"]),
-        }
-
-
-class _Trajectory(NamedTuple):
-    """number, temperature (K), structure it begins from, its name, and the file of its frames:
-    positions (Å) and momenta (ASE's unit) [frames, 2, n, 3], float64."""
-
-    number: int
-    temperature: float
-    structure: Structure
-    start: str
-    path: Path
-
-    def frames(self) -> np.ndarray:
-        """[frames, 2, n, 3] so far; a half-written one is left out."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        shape = (2, len(self.structure.numbers), 3)
-        whole = len(data) // (8 * math.prod(shape))
-        return np.frombuffer(data, float, whole * math.prod(shape)).reshape(whole, *shape)
-
-    def n_frames(self) -> int:
-        """How many there are."""
-        return len(self.frames())
-
-    def ended(self) -> Ended | None:
-        """Why it ended early, if it did."""
-        note = self.path.with_suffix(".end")
-        if not note.exists():
-            return None
-        reason = note.read_text(encoding="utf-8")
-        return Ended(self.number, self.start, self.temperature, self.n_frames(), reason)
-
-    def atoms(self, positions: np.ndarray) -> Atoms:
-        """The structure with other positions, and what a data set reads of it."""
-        s = self.structure
-        atoms = Atoms(s.numbers, positions, cell=s.cell, pbc=s.pbc)
-        atoms.info |= {"total_charge": s.total_charge, "spin_multiplicity": s.spin_multiplicity}
-        if s.group:
-            atoms.info["group"] = s.group
-        return atoms
-
-    def run(self, sampling: Sampling, resources: Resources, on_frame: Callable[[], None]) -> None:
-        """Go on to the last frame, or to where it ends."""
-        kept = self.frames()
-        atoms = self.atoms(kept[-1, 0] if len(kept) else self.structure.positions)
-        if len(kept):
-            atoms.set_momenta(kept[-1, 1])
-        atoms.calc = _Forces(self.structure, sampling.method, resources)
-        pieces = _pieces(self.structure.positions)
-        with self.path.open("ab") as file:
-            file.truncate(kept.nbytes)
-            try:
-                for frame in range(len(kept), sampling.frames):
-                    rng = np.random.default_rng([sampling.seed, self.number, frame])
-                    time = sampling.every
-                    if frame == 0:
-                        _thermalise(atoms, self.temperature, rng)
-                        time += sampling.before
-                    _propagate(atoms, self.temperature, time, rng)
-                    moved = self.structure._replace(positions=atoms.positions)
-                    if reason := check(moved, sampling.method):
-                        raise _EndError(reason)
-                    if not moved.pbc.any() and _pieces(atoms.positions) > pieces:
-                        raise _EndError(f"it fell into pieces more than {APART:g} Å apart")
-                    file.write(np.stack([atoms.positions, atoms.get_momenta()]).tobytes())
-                    file.flush()
-                    on_frame()
-            except _EndError as error:
-                store.write_atomically(self.path.with_suffix(".end"), str(error))
-
-
-def _thermalise(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Give momenta of Maxwell and Boltzmann's distribution at ``temperature`` K."""
-    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
-    atoms.set_momenta(rng.standard_normal((len(atoms), 3)) * spread[:, None])
-
-
-def _propagate(atoms: Atoms, temperature: float, time: float, rng: np.random.Generator) -> None:
-    """Move for ``time`` fs at ``temperature`` K."""
-    dynamics = Langevin(
-        atoms,
-        TIMESTEP * units.fs,
-        temperature_K=temperature,
-        friction=FRICTION / units.fs,
-        rng=rng,
-        fixcm=False,  # a fixed centre of mass heats light atoms beside heavy ones
-    )
-    dynamics.run(round(time / TIMESTEP))
-
-
-def _pieces(positions: np.ndarray) -> int:
-    """Into how many pieces further than APART from each other the atoms fall."""
-    _, senders, receivers = molecule_edges(positions, np.array([len(positions)]), APART)
-    piece, before = np.arange(len(positions)), np.zeros(0, int)
-    while not np.array_equal(piece, before):
-        before = piece.copy()
-        np.minimum.at(piece, receivers, piece[senders])
-        piece = piece[piece]
-    return len(np.unique(piece))
-
-
-# --------------------------------------------------------------------------- all of them
-
-
 def _trajectories(
     starts: Sequence[Structure], reader: Reader, sampling: Sampling, place: Path
-) -> list[_Trajectory]:
+) -> list[Trajectory]:
     order = np.random.default_rng(sampling.seed).permutation(len(starts))
     kelvins = sampling.temperatures
     found = []
@@ -356,12 +192,12 @@ def _trajectories(
         number, frame = start.source
         name = f"{reader.sources[number].name} frame {frame}"
         kelvin = kelvins[(i + turn) % len(kelvins)]  # another one each time a structure comes again
-        found.append(_Trajectory(i, kelvin, start, name, place / f"{i:06d}.frames"))
+        found.append(Trajectory(i, kelvin, start, name, place / f"{i:06d}.frames"))
     return found
 
 
 def _run_all(
-    trajectories: Sequence[_Trajectory],
+    trajectories: Sequence[Trajectory],
     sampling: Sampling,
     resources: Resources,
     on_progress: Callable[[int, int], None],
@@ -376,7 +212,7 @@ def _run_all(
             done += frames
             on_progress(done, total)
 
-    def run(one: _Trajectory) -> None:
+    def run(one: Trajectory) -> None:
         count(one.n_frames())
         if one.ended() is None:
             one.run(sampling, resources, count)
@@ -387,7 +223,7 @@ def _run_all(
             future.result()
 
 
-def _write(out: Path, trajectories: Sequence[_Trajectory]) -> None:
+def _write(out: Path, trajectories: Sequence[Trajectory]) -> None:
     """All frames, complete or not at all."""
     if not any(one.n_frames() for one in trajectories):
         told = "; ".join(found.reason for one in trajectories[:3] if (found := one.ended()))
@@ -399,7 +235,7 @@ def _write(out: Path, trajectories: Sequence[_Trajectory]) -> None:
     partial.replace(out)
 
 
-def _frames(trajectories: Sequence[_Trajectory]) -> Iterator[Atoms]:
+def _frames(trajectories: Sequence[Trajectory]) -> Iterator[Atoms]:
     for one in trajectories:
         for n, (positions, _) in enumerate(one.frames()):
             atoms = one.atoms(positions)
