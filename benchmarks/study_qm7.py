@@ -9,7 +9,7 @@ second argument prints the tables and writes benchmarks/results/qm7_<STUDY>.json
 ``search`` to ``search3`` choose a network for energies alone, on split 0. Everything reported as a
 result is of split 1, whose test molecules took no part in them: ``networks`` chooses each arm's
 network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
-``longest`` (of 4,000 molecules for four times as long), ``targets`` (other targets and controls, of
+``longest`` (for four times as long), ``targets`` (other targets and controls, of
 400 molecules), ``weights``, ``first_*`` (after pre-training on labels alone) and ``delta`` train on
 other subsets; ``first_search`` on 0 and 1.
 """
@@ -173,18 +173,19 @@ STUDIES["curves"] = {
     **{f"base-{n}": (*_chosen("energy-only", n), "ablation.weights=[0.0]") for n in SIZES},
     **{f"onsite-{n}": _own(n, "onsite") for n in SIZES},
 }
-# whether 4,000 molecules want four times the steps, and energies alone then the larger network
+# four times the steps for both arms, and for energies alone then the larger network, too
 _PAIRS = {
     subset: (f"ablation.seeds={seeds}", f"ablation.subset_seeds=[{subset}, {subset}]")
     for subset, seeds in ((2, [2, 3]), (3, [4, 5]))
 }
 STUDIES["longest"] = {
-    f"{name}-4000-{subset}": (*arm, *pair, "training.n_steps=64000")
+    f"{name}-{n}-{subset}": (*arm, *pair, f"training.n_steps={4 * _STEPS[n]}")
+    for n in (4000, 1600, 800, 400)
     for subset, pair in _PAIRS.items()
     for name, arm in (
-        ("onsite", _own(4000, "onsite")),
-        ("base", (*_chosen("energy-only", 4000), "ablation.weights=[0.0]")),
-        ("base_deep", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
+        ("onsite", _own(n, "onsite")),
+        ("base", (*_chosen("energy-only", n), "ablation.weights=[0.0]")),
+        ("base_deep", (*_chosen("onsite", n), "ablation.weights=[0.0]")),
     )
 }
 STUDIES["targets"] = {
