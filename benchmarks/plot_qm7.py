@@ -1,20 +1,22 @@
-"""The learning curves of study_qm7.py: a table and a picture.
+"""The learning curves of study_qm7.py: tables and a picture.
 
     python benchmarks/plot_qm7.py
 
-Reads results/qm7_{curves,targets,first_*}.jsonl. Each arm is held against energy-only training,
-both with the network that its own validation error chose (study ``networks``), over replicates of
-the same seed and subset (curves.py). Writes results/qm7_curves.png.
+Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table qm7_longest.jsonl. Each arm
+is held against energy-only training, both with the network that its own validation error chose
+(study ``networks``), over replicates of the same seed and subset (curves.py). Writes
+results/qm7_curves.png.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from curves import Errors, change_text, compare, draw_curves, factor_text
+from curves import Errors, change_text, compare, draw_curves, factor_text, mean
 
 from orbq.plots import new_figure, save
 
@@ -32,6 +34,9 @@ STUDIES = (
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
+    "base_deep": "energy-only, the network of onsite",
+    "base_wide": "energy-only, the network of onsite with 64 channels",
+    "onsite_wide": "onsite, with 64 channels",
     "invariant": "orbital, invariant head",
     "random": "onsite, a target without information",
     "both": "GFN1 charges and energies first",
@@ -49,24 +54,40 @@ LABELS = {
 Table = dict[str, dict[int, Errors]]  # arm -> size -> kcal/mol by (seed, subset seed)
 
 
-def read() -> Table:
-    """Test errors of every arm that has been trained."""
+def read(studies: Iterable[str] = STUDIES, split: str = "test") -> Table:
+    """Errors of every arm that has been trained."""
     table: Table = defaultdict(lambda: defaultdict(dict))
-    for path in (RESULTS / f"qm7_{name}.jsonl" for name in STUDIES):
+    for path in (RESULTS / f"qm7_{name}.jsonl" for name in studies):
         if not path.exists():
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             kind = record["ablation"].split("-")[0]
             replicate = record["seed"], record["subset_seed"]
-            error = record["test"]["energy_mae_meV"] / KCAL
+            error = record[split]["energy_mae_meV"] / KCAL
             table[ARMS.get(kind, kind)][record["n_train"]][replicate] = error
     return table
 
 
 def main() -> None:
-    """Print the table, draw the picture."""
+    """Print the tables, draw the picture."""
     table = read()
+    tell(table)
+    draw(table, RESULTS / "qm7_curves.png")
+    print("\nfour times the steps")
+    longest, chosen_by = read(["longest"]), read(["longest"], "validation")
+    larger = longest.pop(ARMS["base_deep"], {})
+    for n, errors in larger.items():
+        of_networks = [chosen_by[arm][n] for arm in (ARMS["base_deep"], BASELINE)]
+        told = " and ".join(f"{mean(found):.2f}" for found in of_networks)
+        print(f"{n}: energies alone, network of onsite, {mean(errors):.2f}; validation {told}")
+        if mean(of_networks[0]) < mean(of_networks[1]):
+            longest[BASELINE][n] = errors
+    tell(longest)
+
+
+def tell(table: Table) -> None:
+    """Print every arm against energies alone."""
     print("| arm | N | test MAE, kcal/mol | runs | reduction | data factor |")
     print("|---|---|---|---|---|---|")
     for arm in table:
@@ -81,7 +102,6 @@ def main() -> None:
             gain, factor = compare(table[BASELINE], table[arm][n], n)
             times = factor_text(factor, max(table[BASELINE]) / n)
             print(f"{text}| {change_text(gain)} | {times} |")
-    draw(table, RESULTS / "qm7_curves.png")
 
 
 def draw(table: Table, path: Path) -> Path:

@@ -188,6 +188,20 @@ STUDIES["longest"] = {
         ("base_deep", (*_chosen("onsite", n), "ablation.weights=[0.0]")),
     )
 }
+# and of 4,000 molecules twice the channels, one run each
+STUDIES["longest"] |= {
+    f"{name}-4000-2": (
+        *arm,
+        "ablation.seeds=[2]",
+        "ablation.subset_seeds=[2]",
+        "model.n_channels=64",
+        f"training.n_steps={4 * _STEPS[4000]}",
+    )
+    for name, arm in (
+        ("onsite_wide", _own(4000, "onsite")),
+        ("base_wide", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
+    )
+}
 STUDIES["targets"] = {
     target: _own(400, target) for target in ("density", "orbital", "shell", "atomic")
 } | {
