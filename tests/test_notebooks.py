@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-NAMES = ("ablation", "charges", "forces", "metals", "your_own_data")
+NAMES = ("ablation", "charges", "few_configurations", "forces", "metals", "your_own_data")
 MAX_BYTES = 300_000
 MACHINE = re.compile(
     r"(?<![\w.])/(root|home|Users|tmp|var|work|private|opt|usr|mnt)/|\.venv|site-packages"
@@ -23,6 +23,7 @@ MACHINE = re.compile(
 FOUND = {
     "ablation": [r"^8 runs, 0 diverged", r"^onsite +40 "],
     "charges": [r"^atomic +charges: mean absolute error 0\.0[3-7]"],
+    "few_configurations": [r"^xtb_forces of 12 of 12 structures", r"^after labels +energy +\d"],
     "forces": [r"^39 vibrations, 0 of them imaginary", r"^h = 1e-03 Å: .* \d\.\de-0[5-9] "],
     "metals": [r"atoms of 30 metals: Sc Ti V", r"^silhouette by group: [+-]0\.\d\d with charges"],
     "your_own_data": [r"^60 structures, 0 left out", r"^dipole moment \d\.\d\d e Å"],

@@ -44,7 +44,7 @@ def read(path: Path) -> list[Atoms]:
 
 
 def test_a_sample_is_a_data_set_without_reference_labels(two: Path, tmp_path: Path) -> None:
-    found = sample([two], tmp_path / "out.extxyz", SHORT)
+    found = sample(str(two), str(tmp_path / "out.extxyz"), SHORT)
     assert (found.frames, found.trajectories, found.starts) == (9, 3, 2)
     assert not found.ended
     assert not found.left_out

@@ -56,8 +56,8 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    inputs: Sequence[str | Path],
-    out: Path,
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path,
     sampling: Sampling = DEFAULTS,
     keys: Keys = FIRST_FOUND,
     resources: Resources = HERE,
@@ -65,7 +65,7 @@ def sample(
 ) -> Sampled:
     """Write the frames of trajectories that begin at structures of the files, in extxyz.
 
-    inputs: files that ASE reads. Their structures are taken at random, none twice before all were
+    inputs: a file that ASE reads, or several. Their structures are taken at random, none twice before all were
     taken once. out: an extxyz file, also compressed; it holds geometries, total charges, spin
     multiplicities and groups, no labels. on_progress(frames, of how many). What is there of an
     interrupted call is gone on with.
@@ -76,6 +76,8 @@ def sample(
     Raises InputError for a setting out of range, for ``out`` that exists or is no extxyz, for input
     without a usable structure, and when no trajectory reaches its first frame.
     """
+    inputs = [inputs] if isinstance(inputs, str | Path) else inputs
+    out = Path(out)
     _check_settings(sampling)
     check_resources(resources)
     _check_out(out)
