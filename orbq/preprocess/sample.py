@@ -65,10 +65,10 @@ def sample(
 ) -> Sampled:
     """Write the frames of trajectories that begin at structures of the files, in extxyz.
 
-    inputs: a file that ASE reads, or several. Their structures are taken at random, none twice before all were
-    taken once. out: an extxyz file, also compressed; it holds geometries, total charges, spin
-    multiplicities and groups, no labels. on_progress(frames, of how many). What is there of an
-    interrupted call is gone on with.
+    inputs: a file that ASE reads, or several. Their structures are taken at random, none twice
+    before all were taken once. out: an extxyz file, also compressed; it holds geometries, total
+    charges, spin multiplicities and groups, no labels. on_progress(frames, of how many). What is
+    there of an interrupted call is gone on with.
 
     A trajectory ends before its last frame where xTB has no trustworthy result, or where the
     structure falls into pieces further than 5 Å apart; it keeps the frames before.
