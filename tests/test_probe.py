@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from memory_dataset import MemoryDataset, random_molecules
-from test_initial import ALONE, charges_config
+from initial_runs import ALONE, charges_config
 from tiny_run import random_run
 from training_runs import config_of, label, settings_put_back
 
