@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from memory_dataset import MemoryDataset, random_molecules
 from initial_runs import ALONE, charges_config
+from memory_dataset import MemoryDataset, random_molecules
 from tiny_run import random_run
 from training_runs import config_of, label, settings_put_back
 
