@@ -203,6 +203,21 @@ STUDIES["longest"] |= {
         ("base_wide", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
     )
 }
+# and four times the channels, one run of each subset
+STUDIES["longest"] |= {
+    f"{name}-4000-{subset}": (
+        *arm,
+        f"ablation.seeds=[{seed}]",
+        f"ablation.subset_seeds=[{subset}]",
+        "model.n_channels=128",
+        f"training.n_steps={4 * _STEPS[4000]}",
+    )
+    for subset, seed in ((2, 2), (3, 4))
+    for name, arm in (
+        ("onsite_wider", _own(4000, "onsite")),
+        ("base_wider", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
+    )
+}
 STUDIES["targets"] = {
     target: _own(400, target) for target in ("density", "orbital", "shell", "atomic")
 } | {
