@@ -188,34 +188,20 @@ STUDIES["longest"] = {
         ("base_deep", (*_chosen("onsite", n), "ablation.weights=[0.0]")),
     )
 }
-# and of 4,000 molecules twice the channels, two runs of one subset
+# and of 4,000 molecules twice the channels, by seed; four times, one run
 STUDIES["longest"] |= {
     f"{name}-4000-{seed}": (
         *arm,
         f"ablation.seeds=[{seed}]",
-        "ablation.subset_seeds=[2]",
-        "model.n_channels=64",
+        f"ablation.subset_seeds=[{2 if seed < 4 else 3}]",
+        f"model.n_channels={channels}",
         f"training.n_steps={4 * _STEPS[4000]}",
     )
-    for seed in (2, 3)
+    for size, channels, seeds in (("wide", 64, (2, 3, 4, 5)), ("wider", 128, (2,)))
+    for seed in seeds
     for name, arm in (
-        ("onsite_wide", _own(4000, "onsite")),
-        ("base_wide", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
-    )
-}
-# and four times the channels, one run of each subset
-STUDIES["longest"] |= {
-    f"{name}-4000-{subset}": (
-        *arm,
-        f"ablation.seeds=[{seed}]",
-        f"ablation.subset_seeds=[{subset}]",
-        "model.n_channels=128",
-        f"training.n_steps={4 * _STEPS[4000]}",
-    )
-    for subset, seed in ((2, 2), (3, 4))
-    for name, arm in (
-        ("onsite_wider", _own(4000, "onsite")),
-        ("base_wider", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
+        (f"onsite_{size}", _own(4000, "onsite")),
+        (f"base_{size}", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
     )
 }
 STUDIES["targets"] = {
