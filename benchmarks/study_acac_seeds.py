@@ -25,7 +25,8 @@ import orbq
 from orbq import checkpoint, records
 from orbq.compiled import configure_jax
 from orbq.config import Config
-from orbq.data import make_packer, open_dataset, prepare
+from orbq.data import make_packer, prepare
+from orbq.datasets import open_dataset
 from orbq.models.potential import make_potential
 from orbq.preprocess.pool import Part, Pool
 from orbq.run import CHECKPOINTS

@@ -26,7 +26,7 @@ from tmc_data import make_grown
 
 import orbq
 from orbq import embed
-from orbq.data import open_dataset
+from orbq.datasets import open_dataset
 from orbq.elements import METALS
 
 HERE = Path(__file__).parent

@@ -29,7 +29,8 @@ from tblite.ase import TBLite
 from tmc_data import CONFIG, FROM_METALS, make_grown, make_hot, taught
 
 import orbq
-from orbq.data import open_dataset, split_of
+from orbq.data import split_of
+from orbq.datasets import open_dataset
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "md.jsonl"

@@ -17,7 +17,7 @@ from pathlib import Path
 from study import main, make_delta
 from tmc_data import CONFIG, FROM_METALS, TAUGHT, make_grown, make_hot, make_stand_in, taught
 
-from orbq.data import open_dataset
+from orbq.datasets import open_dataset
 
 HERE = Path(__file__).parent
 SPLITS = range(1, 6)

@@ -14,7 +14,7 @@ from orbq.errors import InputError, OrbqError
 if TYPE_CHECKING:
     from orbq.calculator import Calculator
     from orbq.config import Config, load_config, parse_config
-    from orbq.data import open_dataset
+    from orbq.datasets import open_dataset
     from orbq.ensemble import Ensemble
     from orbq.fit import fit as run_training
     from orbq.jaxmd import jax_md
@@ -44,7 +44,7 @@ _LAZY = {
     "label": ("orbq.preprocess.label", "preprocess"),
     "load": ("orbq.run", "load"),
     "load_config": ("orbq.config", "load_config"),
-    "open_dataset": ("orbq.data", "open_dataset"),
+    "open_dataset": ("orbq.datasets", "open_dataset"),
     "parse_config": ("orbq.config", "parse_config"),
     "run_ablation": ("orbq.study", "run_ablation"),
     "run_training": ("orbq.fit", "fit"),

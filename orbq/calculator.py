@@ -1,6 +1,6 @@
 """A trained run as an ASE calculator: energy, forces, stress, atomic charges, dipole moment.
 
-    atoms.calc = orbq.Calculator("runs/demo")
+    atoms.calc = orbq.Calculator("runs/mine")
     atoms.get_potential_energy(), atoms.get_forces()
 
 Made for dynamics: neighbours are kept with a skin and searched anew only when an atom has moved by

@@ -5,17 +5,15 @@ This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jraph
 import numpy as np
 
-from orbq.cache import cache_directory
 from orbq.config import Config, check_against
+from orbq.datasets import open_dataset
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.fused import unavailable
@@ -33,7 +31,6 @@ from orbq.targets import TARGETS, Moments, Statistics, moments, statistics
 if TYPE_CHECKING:
     from orbq.initial import Initial
 
-EMBEDDED = ("tmc", "tmc_unlabelled")
 DFT_FIELDS = ("energy", "forces", "stress", "dft_charges")  # never used of charge-only structures
 PER_ATOM = tuple(n for n in TARGETS if not n.startswith("xtb_"))  # normalised per element and shell
 _CHUNK = 4096  # structures at a time when the training labels are scanned
@@ -61,32 +58,6 @@ class TrainingData(NamedTuple):
     labels: Mapping[str, int]
     datasets: tuple[Dataset, ...]
     initial: Initial | None = None
-
-
-def open_dataset(name: str) -> Dataset:
-    """A data-set directory, or an embedded data set by name, labelled once into the cache.
-
-    Raises InputError when it is neither.
-    """
-    try:
-        there = Path(name).exists()
-    except (OSError, ValueError):  # longer than a name can be, or with characters it cannot have
-        there = False
-    if there or name not in EMBEDDED:
-        if not there:
-            known = ", ".join(EMBEDDED)
-            raise InputError(f"no data set {name[:200]!r}: not a directory, nor embedded ({known})")
-        return Dataset.open(name)
-    from orbq import __version__
-    from orbq.preprocess.label import preprocess
-
-    place = cache_directory() / "datasets" / f"{name}-{__version__}"
-    try:
-        return Dataset.open(place)
-    except InputError:
-        if place.exists() and (place / "manifest.json").exists():
-            shutil.rmtree(place)  # of another version or damaged: made again
-        return preprocess([name], place)
 
 
 def architecture_of(config: Config) -> Architecture:

@@ -1,6 +1,6 @@
 """A trained run on disk, and what one does with it: energies, forces, charges of structures.
 
-run = orbq.load("runs/demo")
+run = orbq.load("runs/mine")
 positions, graph = run.graph(atoms)
 forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N, 3] eV/Å
 """
@@ -209,7 +209,7 @@ class Run:
         "validation", "test" or "all"; None for "test" if the run was trained on this data set, else
         "all". Raises InputError for a part that is not there and when nothing can be compared.
         """
-        from orbq.data import open_dataset
+        from orbq.datasets import open_dataset
         from orbq.evaluate import evaluate, split_rows
 
         data = dataset if isinstance(dataset, Dataset) else open_dataset(str(dataset))

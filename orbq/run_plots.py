@@ -21,10 +21,20 @@ from orbq.plots import (
     read_metrics,
     save,
 )
-from orbq.run import Run
+from orbq.run import RUN_FILE, Run
 from orbq.scores import ENERGIES, Evaluation
 
 COLUMNS = 3  # panels in a row
+
+
+def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The runs of ``paths``, as a glob may name them, and what else of it is there.
+
+    What does not exist counts as a run, for its reader to complain about; so do all if none is one.
+    """
+    others = [p for p in paths if p.exists() and not (p / RUN_FILE).is_file()]
+    runs = [p for p in paths if p not in others]
+    return (runs, others) if runs else (list(paths), [])
 
 
 def names_of(directories: Sequence[str | Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """A run as a self-contained StableHLO program that needs neither orbq nor Flax nor e3nn-jax.
 
-    orbq.export("runs/demo", "demo-potential", charges=True)
+    orbq.export("runs/mine", "my-potential", charges=True)
 
 writes a directory of three files: ``potential.bin`` (``jax.export``; parameters inside, symbolic
 numbers of atoms and edges, one program for CPU, CUDA and TPU), ``manifest.json`` and

@@ -15,7 +15,7 @@ from tiny_run import complexes, random_run, save_run
 
 from orbq import elements, embed
 from orbq.cli import main
-from orbq.data import open_dataset
+from orbq.datasets import open_dataset
 from orbq.embed_files import require, structure_of
 from orbq.errors import InputError
 from orbq.inference import open_run

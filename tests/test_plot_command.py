@@ -11,7 +11,7 @@ import pytest
 from tiny_run import ELEMENTS, complexes, random_run, save_run
 
 from orbq.cli import main
-from orbq.data import open_dataset
+from orbq.datasets import open_dataset
 from orbq.errors import InputError
 from orbq.evaluate import evaluate
 from orbq.inference import open_run
@@ -54,8 +54,11 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def test_runs_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [place / "a" / "run", place / "b" / "run"]
-    assert call(*runs, "--dataset", place / "data", "--out", tmp_path) == 0
+    (tmp_path / "table.json").write_text("{}")
+    beside = [place / "data", tmp_path / "table.json"]  # as the glob of a directory names them
+    assert call(*runs, *beside, "--dataset", place / "data", "--out", tmp_path) == 0
     out = capsys.readouterr().out
+    assert f"left out, no runs: {beside[0]}, {beside[1]}" in out
     assert f"{runs[1]} is not finished: last validation at step 30 (train)" in out
     assert str(runs[0]) + " is not finished" not in out
     found = {p.stem for p in tmp_path.glob("*.png")}

@@ -70,7 +70,7 @@ def embed(
       orbq embed runs/energy-only runs/multitask datasets/mine --out latent
       orbq embed runs/multitask tmc --elements Sc,Ti,V,Cr,Mn,Fe,Co,Ni,Cu,Zn
     """
-    from orbq.data import open_dataset
+    from orbq.datasets import open_dataset
     from orbq.elements import METALS
     from orbq.embed import choose_atoms, elements_of
     from orbq.embed_files import require

@@ -49,11 +49,11 @@ def evaluate(
 
     \b
     Examples:
-      orbq evaluate runs/demo tmc
+      orbq evaluate runs/demo/multitask-seed0 tmc
       orbq evaluate runs/mine datasets/mine --split validation
       orbq evaluate runs/mine datasets/other --out comparison
     """
-    from orbq.data import open_dataset
+    from orbq.datasets import open_dataset
     from orbq.evaluate import evaluate as compare
     from orbq.evaluate import split_rows
     from orbq.inference import open_run

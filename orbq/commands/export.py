@@ -40,9 +40,9 @@ def export(
 
     \b
     Examples:
-      orbq export runs/demo
-      orbq export runs/demo --out demo-potential --charges
-      orbq export runs/demo --out demo-cpu --platform cpu --overwrite
+      orbq export runs/mine
+      orbq export runs/mine --out my-potential --charges
+      orbq export runs/mine --out my-potential-cpu --platform cpu --overwrite
     """
     from orbq.inference import open_run
     from orbq.preprocess.links import refuse_links

@@ -24,7 +24,9 @@ MEANING = {
 
 
 def inspect(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory of a data set.")],
+    dataset: Annotated[
+        str, typer.Argument(help="Directory of a data set, or an embedded one (tmc).")
+    ],
     cutoff: Annotated[
         float | None,
         typer.Option(help="Also count edges within this distance (Å), and the fill of batches."),
@@ -40,13 +42,14 @@ def inspect(
 
     \b
     Examples:
+      orbq inspect tmc
       orbq inspect datasets/tmc
       orbq inspect datasets/tmc --cutoff 5 --batch-size 16 --plot tmc.png
     """
-    from orbq.preprocess.store import Dataset
+    from orbq.datasets import open_dataset
     from orbq.preprocess.summary import edges, summarise
 
-    opened = Dataset.open(dataset)
+    opened = open_dataset(dataset)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     summary = summarise(opened)
     manifest = opened.manifest
@@ -104,7 +107,7 @@ def _ranges(summary: Summary, console: Console) -> None:
     console.print("(#: structure; forces: norm on an atom)")
 
 
-def _faults(summary: Summary, console: Console, dataset: Path) -> None:
+def _faults(summary: Summary, console: Console, dataset: str) -> None:
     for (kind, _), (number, example) in list(summary.failures.items())[:SHOWN_FAILURES]:
         console.print(f"{number:,} {kind}, e.g. {example}")
     if summary.failures:

@@ -19,7 +19,10 @@ SPLITS = "test|validation|train|all"
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; they may be training.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Directories of runs, which may be training; others are left out."),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Directory for pictures and tables.")
     ] = Path("plots"),
@@ -62,12 +65,16 @@ def plot(
         parity_comparison,
         parity_csv,
         progress_of,
+        runs_among,
     )
 
     console = Console(highlight=False, soft_wrap=True)
     if not parity and (dataset or split):
         raise InputError("--dataset and --split are of the parity plots: leave out --no-parity")
     refuse_links(out, "--out", ["learning-curves.*", "parity-*"])
+    runs, others = runs_among(runs)
+    if others:
+        console.print(Text(f"left out, no runs: {', '.join(map(str, others))}", "yellow"))
     named = dict(zip(names_of(runs), runs, strict=True))
     for directory in runs:
         if told := progress_of(directory):
@@ -89,7 +96,7 @@ def plot(
 def _evaluate(
     directory: Path, name: str | None, split: str | None, batch_size: float, console: Console
 ) -> Evaluation:
-    from orbq.data import open_dataset
+    from orbq.datasets import open_dataset
     from orbq.evaluate import evaluate, split_rows
     from orbq.inference import open_run
     from orbq.run_plots import own_dataset

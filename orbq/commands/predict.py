@@ -59,9 +59,9 @@ def predict(
 
     \b
     Examples:
-      orbq predict runs/demo mine.xyz --out predicted.extxyz
-      orbq predict runs/demo 'md/*.traj' --out predicted.traj
-      orbq predict runs/demo complexes.extxyz.gz --out charges.extxyz --charges
+      orbq predict runs/mine mine.xyz --out predicted.extxyz
+      orbq predict runs/mine 'md/*.traj' --out predicted.traj
+      orbq predict runs/mine complexes.extxyz.gz --out charges.extxyz --charges
       orbq predict runs/seed* mine.xyz --out mean.extxyz
     """
     from orbq.annotate import Refused, Writer, annotate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,9 @@ from orbq.errors import OrbqError
 
 
 def verify(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory of a data set.")],
+    dataset: Annotated[
+        str, typer.Argument(help="Directory of a data set, or an embedded one (tmc).")
+    ],
 ) -> None:
     """Check every file of a data set against its manifest, the sums of its charges, and its cached
     neighbour lists.
@@ -23,18 +24,20 @@ def verify(
     Example:
       orbq verify datasets/tmc
     """
+    from orbq.datasets import place_of
     from orbq.preprocess import store
     from orbq.preprocess import verify as checks
 
-    manifest = store.read_manifest(dataset)
+    directory = place_of(dataset)
+    manifest = store.read_manifest(directory)
     with Console(stderr=True).status("") as status:
         problems = checks.verify(
-            dataset, lambda name, done, total: status.update(f"{name} ({done + 1}/{total})")
+            directory, lambda name, done, total: status.update(f"{name} ({done + 1}/{total})")
         )
     if problems:
         told = "\n  ".join(problems)
-        raise OrbqError(f"{dataset} is damaged:\n  {told}\n{checks.remedy(dataset, manifest)}")
-    if cached := checks.cache_problems(dataset):
+        raise OrbqError(f"{dataset} is damaged:\n  {told}\n{checks.remedy(directory, manifest)}")
+    if cached := checks.cache_problems(directory):
         raise OrbqError("\n".join(cached))
     counts = manifest["counts"]
     Console(soft_wrap=True, highlight=False, markup=False).print(
