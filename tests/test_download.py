@@ -18,6 +18,7 @@ from orbq.download import REMOTES, Remote, blob_id, fetch, file_id, make_qm7, tr
 from orbq.errors import InputError, OrbqError
 from orbq.preprocess.read import read_structures
 
+PUBLISHED = dict(REMOTES)  # some tests put a small one in the place of "acac"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -128,7 +129,12 @@ def test_the_command(small, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["fetch", "acac", "--out", str(tmp_path / "out"), "--mirror", small[1] + "/"])
     assert ended.value.code == 0
-    assert "next: orbq preprocess" in capsys.readouterr().out
+    _, *following = capsys.readouterr().out.splitlines()
+    assert following == [  # training and test configurations are not mixed
+        f"next: orbq preprocess {tmp_path}/out/train_300K.xyz --out data/acac_train",
+        f"next: orbq preprocess {tmp_path}/out/test_MD_300K.xyz --out data/acac_test",
+    ]
+    assert {Path(line.split()[3]).name for line in following} < set(PUBLISHED["acac"].files)
 
 
 # --------------------------------------------------------------------------- QM7

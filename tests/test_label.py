@@ -238,3 +238,31 @@ def test_manifest_says_what_was_done(tmp_path):
     assert manifest["settings"]["accuracy"] == 0.1
     assert manifest["sources"][0]["name"] == "atoms in memory"
     assert len(manifest["blas"]) == 1
+
+
+def test_names_and_modules_of_the_working_directory_are_harmless(tmp_path, monkeypatch):
+    """A file whose name is not UTF-8, with a structure that is left out, beside a user's scripts
+    called like modules that the labelling processes import."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("random.py", "select.py"):
+        Path(name).write_text("raise SystemExit('a script of the user')\n")
+    name = b"caf\xe9.xyz".decode(errors="surrogateescape")
+    Path(name).write_text("1\n\nHe 0 0 0\n1\ncharge=9\nHe 0 0 0\n")
+    made = preprocess(name, "out", resources=Resources(workers=1))
+    assert len(made) == 1 and made.mask("xtb_energy").all()
+    (failure,) = (Path("out") / "failures.jsonl").read_text().splitlines()
+    assert json.loads(failure)["file"] == name
+
+
+@pytest.mark.parametrize("height", [-1.0, float("nan")])
+def test_a_cell_height_that_is_none_is_refused(tmp_path, height):
+    recipe = Recipe(settings=xtb.Settings(min_height=height))
+    with pytest.raises(InputError, match="must be 0 or more"):
+        preprocess(molecule("H2O"), tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out .*file/sub.* cannot be made"):
+        preprocess(molecule("H2O"), tmp_path / "file" / "sub")

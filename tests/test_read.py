@@ -174,3 +174,36 @@ def test_public_data_sets():
     assert (
         sum(isinstance(s, Structure) for s in read_structures([SHARED / "qm7.extxyz.gz"])) == 6000
     )
+
+
+@pytest.mark.parametrize(
+    "comment", ["Lowest energy conformer", "energy -76.4", "the charge scan", "charge spin group"]
+)
+def test_bare_words_of_a_comment_line_are_no_values(tmp_path: Path, comment: str) -> None:
+    """ASE reads them as True, which would pass for 1 eV, a cation, a group called True."""
+    atoms = "O 0 0 0.12\nH 0 0.76 -0.47\nH 0 -0.76 -0.47\n"
+    found = one(write(tmp_path / "a.xyz", f"3\n{comment}\n{atoms}"))
+    assert (found.energy, found.total_charge, found.spin_multiplicity) == (None, 0, 1)
+    assert found.group == ""
+
+
+def test_a_demanded_key_without_a_value_is_a_failure(tmp_path: Path) -> None:
+    place = write(tmp_path / "a.xyz", "1\nLowest energy\nHe 0 0 0\n1\nenergy=-2\nHe 0 0 0\n")
+    failure, found = read_structures([place], Keys(energy="energy"))
+    assert failure == Failure(str(place), 0, "the energy key 'energy' has no value")
+    assert isinstance(found, Structure) and found.energy == -2.0
+
+
+def test_a_group_for_each_atom_is_no_group_of_the_structure(tmp_path: Path) -> None:
+    """As GPUMD writes it."""
+    rows = "O 0 0 0.12 0\nH 0 0.76 -0.47 1\nH 0 -0.76 -0.47 2\n"
+    text = f"3\nProperties=species:S:1:pos:R:3:group:I:1\n{rows}"
+    assert one(write(tmp_path / "a.xyz", text)).group == ""
+    with pytest.raises(InputError, match=r"'group' is a value for each atom.*--group-key"):
+        list(read_structures([tmp_path / "a.xyz"], Keys(group="group")))
+
+
+@pytest.mark.parametrize("bytes_", [b"\xef\xbb\xbf3\nplain", b"3\nnote=\xc5"], ids=["BOM", "latin"])
+def test_text_of_other_encodings_is_read(tmp_path: Path, bytes_: bytes) -> None:
+    (tmp_path / "a.xyz").write_bytes(bytes_ + b" energy=-14.0\nO 0 0 0.12\nH 0 1 0\nH 1 0 0\n")
+    assert one(tmp_path / "a.xyz").energy == -14.0

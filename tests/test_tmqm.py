@@ -13,8 +13,9 @@ from ase import Atoms
 from ase.io import Trajectory
 
 from orbq.errors import InputError
+from orbq.preprocess.frames import find_sources
 from orbq.preprocess.label import Resources, preprocess
-from orbq.preprocess.read import Failure, Keys, read_structures
+from orbq.preprocess.read import Failure, Keys, Reader, read_structures
 from orbq.schema import Structure
 from orbq.units import HARTREE
 
@@ -131,7 +132,9 @@ def test_wb97mv_trajectories(tmp_path, spin):
     }
     with Trajectory(tmp_path / "a.traj", "w") as out:
         out.write(atoms)
-    (s,) = read_structures([tmp_path / "a.traj"])
+    reader = Reader(find_sources([tmp_path / "a.traj"]))
+    (s,) = reader
+    assert reader.names_used["energy"] == {"energy (Hartree, converted)": 1}
     assert (s.group, s.total_charge, s.spin_multiplicity) == ("AAAAAA", -2, 1)
     assert s.energy == pytest.approx(-1858.0 * HARTREE, abs=1e-9)
 
@@ -157,3 +160,15 @@ def test_other_data_with_a_csd_code_stay_in_ev(tmp_path):
     ase.io.write(tmp_path / "a.extxyz", atoms)
     (s,) = read_structures([tmp_path / "a.extxyz"])
     assert s.energy == -5.0
+
+
+def test_a_calculator_s_energy_is_in_ev_whatever_else_the_structure_carries(tmp_path):
+    """DFT of one's own on complexes that carry all the names of tmQM."""
+    atoms = Atoms(SYMBOLS, POSITIONS)
+    atoms.info = {"CSD_code": "AAAAAA", "q": 0, "formula": "C2H6Zn", "energy": -5.0}
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    for keys in (Keys(), Keys(energy="energy")):
+        reader = Reader(find_sources([tmp_path / "a.extxyz"]), keys)
+        (s,) = reader
+        assert s.energy == -5.0
+        assert reader.names_used["energy"] == {"energy": 1}

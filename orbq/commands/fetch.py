@@ -31,6 +31,9 @@ def fetch(
     Examples:
       orbq fetch qm7
       orbq preprocess downloads/qm7/qm7.extxyz --out datasets/qm7
+      orbq fetch acac
+      orbq preprocess downloads/acac/train_300K.xyz --out data/acac_train
+      orbq preprocess downloads/acac/test_MD_300K.xyz --out data/acac_test
       orbq fetch tmqm --out /scratch/tmqm
       orbq preprocess /scratch/tmqm --out datasets/tmqm --workers 16
     """
@@ -39,10 +42,15 @@ def fetch(
     directory = out or Path("downloads") / name
     with _Bars() as bars:
         found = download(name, directory, mirror, bars.of)
-    files = f"'{found}/*.xyz'" if name == "acac" else str(found)
-    Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{found}: complete and verified\nnext: orbq preprocess {files} --out datasets/{name}"
-    )
+    if name == "acac":  # training and test configurations are files, and stay apart
+        following = [
+            f"orbq preprocess {found}/train_300K.xyz --out data/acac_train",
+            f"orbq preprocess {found}/test_MD_300K.xyz --out data/acac_test",
+        ]
+    else:
+        following = [f"orbq preprocess {found} --out datasets/{name}"]
+    lines = [f"{found}: complete and verified", *(f"next: {command}" for command in following)]
+    Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
 
 
 class _Bars:

@@ -47,8 +47,11 @@ def inspect(
       orbq inspect datasets/tmc --cutoff 5 --batch-size 16 --plot tmc.png
     """
     from orbq.datasets import open_dataset
+    from orbq.preprocess.links import make_directory
     from orbq.preprocess.summary import edges, summarise
 
+    if plot is not None:
+        make_directory(plot.parent, "--plot")
     opened = open_dataset(dataset)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     summary = summarise(opened)

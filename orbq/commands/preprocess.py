@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from orbq.preprocess.label import Progress
     from orbq.preprocess.store import Dataset
 
@@ -178,17 +180,30 @@ def summarise(dataset: Dataset, console: Console) -> None:
     )
     table = Table("label", "structures", "found as", box=None, padding=(0, 3, 0, 0))
     for name, number in counts["labels"].items():
-        names = ", ".join(manifest["keys"].get(name, {}))
+        names = _told(manifest["keys"].get(name, {}))
         computed = name in ("onsite", "xtb_energy", "xtb_forces")
         table.add_row(name, f"{number:,}", "computed" if computed else names or "not in the input")
     console.print(table)
     for name in ("charge", "spin", "group"):
-        found = ", ".join(manifest["keys"].get(name, {}))
+        found = _told(manifest["keys"].get(name, {}))
         console.print(f"{name}: {found or DEFAULTED[name]}")
+    for name in ("energy", "forces", "dft_charges"):
+        if len(manifest["keys"].get(name, {})) > 1:
+            option = f"--{name.replace('_', '-')}-key"
+            console.print(
+                f"{name} is found under more than one name: if they are not of one level of "
+                f"theory, choose one by {option}",
+                style="yellow",
+            )
     if counts["rescued"]:
         told = ", ".join(f"{n:,} with {how}" for how, n in counts["rescued"].items())
         console.print(f"converged only in a second attempt: {told}")
     _failures(dataset, console)
+
+
+def _told(names: Mapping[str, int]) -> str:
+    """Names in the input; with how many structures have each, if there are several."""
+    return ", ".join(f"{n} ({k:,})" if len(names) > 1 else n for n, k in names.items())
 
 
 def _failures(dataset: Dataset, console: Console) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 
 from orbq.errors import InputError
 from orbq.preprocess import store
-from orbq.preprocess.links import refuse_links
+from orbq.preprocess.links import make_directory, refuse_links
 from orbq.preprocess.schedule import Plan
 from orbq.preprocess.wire import Message
 from orbq.schema import FAILURES, FIELDS, MANIFEST
@@ -73,7 +73,7 @@ class Workspace:
                     "choose another directory for --out"
                 )
         refuse_links(self.out, "--out")
-        self.state.mkdir(parents=True, exist_ok=True)
+        make_directory(self.state, "--out")
         self._lock = (self.state / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

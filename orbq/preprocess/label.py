@@ -83,6 +83,10 @@ def preprocess(
     """
     if recipe.method not in METHODS:
         raise InputError(f"unknown xTB method {recipe.method!r}; known: {', '.join(METHODS)}")
+    if not recipe.settings.min_height >= 0:
+        raise InputError(
+            f"the smallest cell height is {recipe.settings.min_height:g} Å: it must be 0 or more"
+        )
     check_resources(resources)
     reader = _reader(inputs, recipe.keys)
     work = Workspace(Path(out))

@@ -88,7 +88,7 @@ def _write_failures(work: Workspace, sources: list[dict[str, str]], ledger: Ledg
     partial = work.state / FAILURES
     with partial.open("w", encoding="utf-8") as out:
         for _, failure in heapq.merge(rejected(), unlabelled(), key=lambda item: item[0]):
-            out.write(json.dumps(failure._asdict(), ensure_ascii=False) + "\n")
+            out.write(json.dumps(failure._asdict()) + "\n")
         out.flush()
         os.fsync(out.fileno())
     partial.replace(work.out / FAILURES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class Keys(NamedTuple):
 FIRST_FOUND = Keys()
 MAX_INTEGER = 1_000_000  # of a charge or a multiplicity
 REJECTED, UNLABELLED = "rejected", "labels missing"
+HARTREE_NOTE = " (Hartree, converted)"
 
 
 class Failure(NamedTuple):
@@ -87,6 +88,7 @@ class Reader:
         self.sources, self.keys, self._atoms = list(sources), keys, atoms
         self.names_used: dict[str, Counter[str]] = {field: Counter() for field in DEFAULT_NAMES}
         self._names_seen: set[str] = set()
+        self._refused: dict[str, str] = {}  # why a demanded field was not taken
 
     def __iter__(self) -> Iterator[Structure | Failure]:
         if self._atoms is not None:
@@ -106,21 +108,28 @@ class Reader:
         self, atoms: Any, source: tuple[int, int], tables: tmqm.Tables = tmqm.NO_TABLES
     ) -> Structure | Failure:
         try:
-            values = tmqm.translated(named_values(atoms), tables)
+            values, converted = tmqm.translated(named_values(atoms), tables, results_of(atoms))
             self._names_seen |= values.keys()
-            found = {field: self._find(field, values) for field in DEFAULT_NAMES}
+            found = {field: self._find(field, values, converted) for field in DEFAULT_NAMES}
             return _build(atoms, found, source)
         except InputError:
             raise
         except ValueError as error:
             return Failure(self.sources[source[0]].name, source[1], str(error))
 
-    def _find(self, field: str, values: Mapping[str, Any]) -> Any:
+    def _find(self, field: str, values: Mapping[str, Any], converted: Container[str]) -> Any:
         wanted = getattr(self.keys, field)
         for name in (wanted,) if wanted else DEFAULT_NAMES[field]:
-            if values.get(name) is not None:
-                self.names_used[field][name] += 1
-                return values[name]
+            value = values.get(name)
+            if value is None:
+                continue
+            if reason := _no_value(field, value):
+                if wanted:
+                    self._refused[field] = reason
+                    raise ValueError(f"the {field} key {name!r} {reason}")
+                continue
+            self.names_used[field][name + (HARTREE_NOTE if name in converted else "")] += 1
+            return value
         return None
 
     def _check_demanded(self) -> None:
@@ -129,10 +138,22 @@ class Reader:
                 option = f"--{field.replace('_', '-')}-key"
                 present = ", ".join(sorted(self._names_seen)) or "none"
                 files = ", ".join(s.name for s in self.sources[:5])
+                if field in self._refused:
+                    reason = f"{self._refused[field]}, in every structure: name another as {option}"
+                    raise InputError(f"{files}: the {field} key {name!r} {reason}")
                 raise InputError(
                     f"{files}: no structure has the {field} key {name!r}; keys present: {present}; "
                     f"give one of them as {option}, or leave the option out"
                 )
+
+
+def _no_value(field: str, value: Any) -> str:
+    """Why a value that goes by a default name cannot be meant, "" if it can."""
+    if isinstance(value, bool | np.bool_):  # ASE reads a bare word of a comment line as True
+        return "has no value"
+    if field == "group" and (isinstance(value, list | tuple) or np.ndim(value)):
+        return "is a value for each atom, not one for the structure"  # as GPUMD writes it
+    return ""
 
 
 def read_structures(
@@ -159,10 +180,14 @@ def named_values(atoms: Any, bare: bool = True) -> dict[str, Any]:
             values[str(name)] = value
     hidden = ("numbers", "positions") if bare else ()
     values.update({k: v for k, v in atoms.arrays.items() if k not in hidden})
-    if atoms.calc is not None:
-        results = getattr(atoms.calc, "results", {})
-        values.update({k: v for k, v in results.items() if v is not None})
+    values.update(results_of(atoms))
     return values
+
+
+def results_of(atoms: Any) -> dict[str, Any]:
+    """What the calculator of an ``ase.Atoms`` holds, in ASE's units."""
+    results = getattr(atoms.calc, "results", {})
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def _build(atoms: Any, found: Mapping[str, Any], source: tuple[int, int]) -> Structure:

@@ -26,7 +26,8 @@ from orbq.preprocess.blas import environment, find_blas
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.wire import IDLE, POSITION
 
-WORKER = (sys.executable, "-m", "orbq.preprocess.worker")
+# -P: no module of the working directory, such as a user's random.py, is taken for a library's
+WORKER = (sys.executable, "-P", "-m", "orbq.preprocess.worker")
 MAX_STARTS = 3  # of a process that dies without having begun a structure
 
 

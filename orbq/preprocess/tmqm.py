@@ -4,7 +4,8 @@ A tmQM release is a directory of ``tmQM_X1.xyz.gz``, ``tmQM_X2.xyz.gz``, ... wit
 (properties, separated by semicolons) and ``tmQM_X.q`` (natural atomic charges). A comment line of
 the xyz files reads ``CSD_code = ABEVAG | q = 0 | S = 0 | Stoichiometry = ... | MND = 6``, q the
 total charge and S the total spin. tmQM_wB97MV is an ASE trajectory or database with the same names,
-its energy as ``energy`` or ``Recomputed_E``. Only structures that carry these names are touched.
+its energy as ``energy`` or ``Recomputed_E``. Only structures that carry these names are touched,
+and no energy that a calculator holds, as those of extxyz files do.
 
 Balcells and Skjelstad, J. Chem. Inf. Model. 60, 6135 (2020), TPSSh-D3BJ/def2-SVP; Garrison et al.,
 J. Chem. Inf. Model. 63, 7642 (2023), wB97M-V/def2-SVPD.
@@ -13,7 +14,7 @@ J. Chem. Inf. Model. 63, 7642 (2023), wB97M-V/def2-SVPD.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -127,37 +128,46 @@ def _code_of(line: str) -> str:
     return line.split("=", 1)[-1].split("|", 1)[0].strip()
 
 
-def translated(values: dict[str, Any], tables: Tables) -> dict[str, Any]:
-    """The named values of a structure in eV and with a spin multiplicity, if it is of these sets.
+def translated(
+    values: dict[str, Any], tables: Tables, computed: Container[str] = ()
+) -> tuple[dict[str, Any], set[str]]:
+    """The named values of a structure in eV and with a spin multiplicity, if it is of these sets;
+    and the names of those that were in Hartree.
+
+    computed: names of what a calculator holds, which is in eV whatever else the structure carries.
 
     Raises ValueError for values that are no numbers, InputError for a damaged table.
     """
     if not ({_CODE, "q"} <= values.keys() and any(mark in values for mark in _MARKS)):
-        return values
+        return values, set()
     code, out = str(values[_CODE]), dict(values)
     try:
-        _translate(out, code, tables)
+        converted = _translate(out, code, tables, computed)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"energies, q, S and spin must be numbers: {error}") from error
     if tables.charges is not None and code in tables.offsets:
         with _told_when_damaged(tables.name):
             out[CHARGES] = _charges(tables, tables.charges, tables.offsets[code])
-    return out
+    return out, converted
 
 
-def _translate(out: dict[str, Any], code: str, tables: Tables) -> None:
+def _translate(
+    out: dict[str, Any], code: str, tables: Tables, computed: Container[str]
+) -> set[str]:
     if code in tables.energies:
         out.setdefault(ENERGIES[-1], tables.energies[code])
     if isinstance(out.get(ENERGIES[0]), str):  # not converged; the other method's is no substitute
         for name in ENERGIES:
             out.pop(name, None)
-    for name in {*ENERGIES, "energy"} & out.keys():
+    converted = {n for n in (*ENERGIES, "energy") if n in out and n not in computed}
+    for name in converted:
         out[name] = out[name] * HARTREE
     out["total_charge"] = out["q"]
     spin = out.pop("spin", None)
     out["spin_multiplicity"] = (
         max(spin, 1) if "S" not in out and spin is not None else (2 * out.get("S", 0) + 1)
     )
+    return converted
 
 
 def _charges(tables: Tables, stream: TextIO, offset: int) -> np.ndarray:
