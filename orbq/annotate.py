@@ -28,7 +28,6 @@ from orbq.inference import (
     predict_members,
     shell_charges,
 )
-from orbq.preprocess.check import check
 from orbq.preprocess.frames import Frame, Source, read_frames
 from orbq.run import Run
 from orbq.schema import Structure
@@ -116,13 +115,10 @@ def _structure(run: Run | Ensemble, source: Source, frame: Frame) -> Structure |
         return Refused(source.name, frame.number, frame.reason)
     try:
         structure = run.structure(frame.atoms)
-        # a slab is fine here: only xTB must know the whole periodicity
-        whole = structure.pbc.all() or not structure.pbc.any()
-        reason = check(structure if whole else structure._replace(pbc=np.zeros(3, bool)))
         run.reference_energy(structure)
     except InputError as error:
-        reason = str(error)
-    return Refused(source.name, frame.number, reason) if reason else structure
+        return Refused(source.name, frame.number, str(error))
+    return structure
 
 
 def _results(predicted: Predicted, target: str | None, energies: bool) -> dict[str, Any]:

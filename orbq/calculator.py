@@ -30,7 +30,7 @@ from orbq.models.potential import predict
 from orbq.models.strain import predict_stress
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES
-from orbq.run import Run, load
+from orbq.run import Run, load, read_description, run_directory
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
@@ -72,7 +72,9 @@ class Calculator(AseCalculator):
         charge_target: str | None = None,
     ) -> None:
         super().__init__()
-        self.run = run if isinstance(run, Run) else load(run)
+        if not isinstance(run, Run):
+            run = _loaded(run, dtype)
+        self.run = run
         self.dtype = _checked_dtype(dtype or self.run.config.training.precision)
         self.charge_target = _charge_target(self.run, charge_target)
         known = IMPLEMENTED if self.run.taught_energy else ()
@@ -186,6 +188,14 @@ class Calculator(AseCalculator):
 
     def _precision(self) -> AbstractContextManager[Any]:
         return jax.enable_x64(True) if self.dtype == np.float64 else nullcontext()
+
+
+def _loaded(run: str | Path, dtype: str | None) -> Run:
+    """The run of a directory, in float64 if it was trained and is to be computed so."""
+    trained = read_description(run_directory(run))["config"]["training"]["precision"]
+    wide = np.float64 in (_checked_dtype(trained), _checked_dtype(dtype or trained))
+    with jax.enable_x64(True) if wide else nullcontext():
+        return load(run)
 
 
 def _checked_dtype(name: str) -> np.dtype:

@@ -111,10 +111,21 @@ def overridden(document: Document, overrides: Sequence[str]) -> tuple[Document, 
             problems.append(Problem(shown(text), "an override is written section.key=value"))
             continue
         nested: Any = _override_value(value)
-        for key in reversed(keys):
-            nested = {key: nested}
+        for depth, key in reversed(list(enumerate(keys))):
+            if depth and keys[depth - 1] in REPLACED_WHOLE:  # one entry of it: the others stay
+                nested = {**_table_at(document, keys[:depth]), key: nested}
+            else:
+                nested = {key: nested}
         document = merged(document, nested)
     return document, problems
+
+
+def _table_at(document: Document, keys: Sequence[str]) -> Document:
+    """The table that is there under these keys, empty if there is none."""
+    found: Any = document
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _override_value(text: str) -> Any:

@@ -6,13 +6,14 @@ This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jraph
 import numpy as np
 
 from orbq.config import Config, check_against
+from orbq.config import Training as TrainingConfig
 from orbq.datasets import open_dataset
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
@@ -21,6 +22,7 @@ from orbq.models.potential import Architecture, Constants
 from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
+from orbq.preprocess.plan import choose_budget, epoch_items, mean_size
 from orbq.preprocess.pool import Part, Pool, part_labels
 from orbq.preprocess.references import Fit, References, fit_of, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 DFT_FIELDS = ("energy", "forces", "stress", "dft_charges")  # never used of charge-only structures
 PER_ATOM = tuple(n for n in TARGETS if not n.startswith("xtb_"))  # normalised per element and shell
 _CHUNK = 4096  # structures at a time when the training labels are scanned
+_TOLERATED = 4 / 3  # of batches that hold more or fewer structures than asked for
 _ENERGY_FLOOR, _FORCE_FLOOR = 1e-3, 1e-3  # eV, eV/Å; scales are not smaller
 
 
@@ -149,11 +152,13 @@ def prepare(
         pools["unlabelled"] = Pool([Part(d, None, DFT_FIELDS) for d in unlabelled], cutoff)
         teaching = Pool([*teaching.parts, *pools["unlabelled"].parts], cutoff)
         pools["teaching"] = teaching
+        _warn_of_share(len(pools["train"]), len(pools["unlabelled"]), config.training)
     labels = {f: int(teaching.labelled(f).sum()) for f in FIELDS}
     check_against(config, labels, config.data.dataset)
     weights = config.loss.weights
     terms = tuple(n for n in ("energy", "forces") if getattr(weights, n) > 0)
     terms += tuple(weights.auxiliary())
+    _require_validation(pools["validation"], terms)
     stats = {n: _statistics(n, teaching) for n in terms if n in PER_ATOM}
     fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
@@ -177,7 +182,7 @@ def prepare(
         spec=LossSpec(terms, loss.kind, loss.huber_delta, loss.energy_per, scales, stats),
         constants=constants,
         architecture=architecture_of(config),
-        budget=_budget(pools, config.training.batch_size / n_batches),
+        budget=_budget(pools, config.training, n_batches),
         labels=labels,
         datasets=(dataset, *unlabelled),
     )
@@ -317,9 +322,49 @@ def _require_elements(
             )
 
 
-def _budget(pools: Mapping[str, Pool], batch_size: float) -> Budget:
-    """One size for every program of a run: measured on what is trained on, large enough for all."""
-    budget = measure_budget(pools.get("teaching", pools["train"]), batch_size)
+def _require_validation(validation: Pool, terms: Sequence[str]) -> None:
+    """Something that is trained must be labelled where the best step is chosen."""
+    fields = {n: TARGETS[n].fields if n in TARGETS else (n,) for n in terms}
+    found = [n for n in terms if all(validation.labelled(f).any() for f in fields[n])]
+    remedy = "another data.split_seed, or a larger data.validation_fraction, may give it some"
+    if not found:
+        raise InputError(
+            f"none of the {len(validation)} validation structures has a label that is trained "
+            f"({', '.join(terms)}), so that no best step can be chosen: {remedy}"
+        )
+    if "energy" in terms and "energy" not in found:
+        warnings.warn(
+            f"none of the {len(validation)} validation structures has an energy, so that the best "
+            f"step is chosen by {found[0]}: {remedy}",
+            stacklevel=2,
+        )
+
+
+def _warn_of_share(n_labelled: int, n_others: int, training: TrainingConfig) -> None:
+    """Too few structures for the share that is asked for: none is seen twice in an epoch."""
+    share = training.unlabelled_share
+    if 0 < share < 1 and n_others < (reached := n_labelled * share / (1 - share)) - 0.5:
+        warnings.warn(
+            f"training.unlabelled_share = {share:g} asks for {reached:.0f} structures of "
+            f"data.unlabelled in an epoch, beside {n_labelled} of data.dataset, and there are "
+            f"{n_others}: their share is {n_others / (n_others + n_labelled):.2g}",
+            stacklevel=2,
+        )
+
+
+def _budget(pools: Mapping[str, Pool], training: TrainingConfig, n_batches: int) -> Budget:
+    """One size for every program of a run, large enough for all: measured on all that is taught,
+    or, if batches of the main stage would then be far from training.batch_size, on what that stage
+    draws."""
+    batch_size = training.batch_size / n_batches
+    teaching = pools.get("teaching", pools["train"])
+    budget = measure_budget(teaching, batch_size)
+    if teaching is not pools["train"]:
+        drawn = epoch_items(teaching, len(pools["train"]), training.unlabelled_share, 0, 0)
+        sizes = teaching.n_nodes[drawn], teaching.n_edges[drawn]
+        held = mean_size(*sizes, budget) / batch_size
+        if not 1 / _TOLERATED < held < _TOLERATED:
+            budget = choose_budget(*sizes, batch_size)
     for pool in pools.values():
         largest = (int(pool.n_nodes.max()) + 1, int(pool.n_edges.max()) + 1, 2)
         budget = Budget(*(max(a, b) for a, b in zip(budget, largest, strict=True)))

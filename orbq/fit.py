@@ -162,7 +162,10 @@ class _Loop:
     def run(self) -> dict[str, Any]:
         packer = make_packer(self.data, self.stages[-1].pool, self.config)
         shapes = {"parts": self.layout.parts, "devices": devices.named(self.layout)}
-        facts = records.facts_of(self.directory, self.data, self.potential, packer) | shapes
+        facts = (
+            records.facts_of(self.directory, self.data, self.potential, packer, self.stages)
+            | shapes
+        )
         devices.main_decides(
             lambda: records.describe(self.directory, self.config, self.data, facts)
         )

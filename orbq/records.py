@@ -35,6 +35,7 @@ from orbq.run import (
     save_description,
     stored_config,
 )
+from orbq.stages import Stage
 
 NONFINITE = "nonfinite.jsonl"
 # all there is of a run stopped before its run.json
@@ -142,7 +143,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def facts_of(
-    directory: Path, data: TrainingData, potential: Potential, packer: Packer
+    directory: Path,
+    data: TrainingData,
+    potential: Potential,
+    packer: Packer,
+    stages: Sequence[Stage],
 ) -> dict[str, Any]:
     """What is known of a run before its first step. packer: of what its main stage trains on."""
     template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(np.float32))
@@ -150,6 +155,8 @@ def facts_of(
     return {
         "orbq_version": __version__,
         "directory": str(directory),
+        "stages": {stage.name: stage.n_steps for stage in stages},
+        "states": states_of(data.pools.get("teaching", data.pools["train"])),
         "structures": {name: len(pool) for name, pool in data.pools.items()},
         "labels": {name: n for name, n in data.labels.items() if n},
         "n_parameters": n_parameters(template),
@@ -159,6 +166,15 @@ def facts_of(
         "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         **({"initial": dict(data.initial.facts)} if data.initial else {}),
         **({"probe": _of_probe(data.initial.probe)} if data.initial and data.initial.probe else {}),
+    }
+
+
+def states_of(pool: Pool) -> dict[str, list[int]]:
+    """The total charges and spin multiplicities that a pool has, ascending."""
+    parts = list(zip(pool.parts, pool.rows, strict=True))
+    return {
+        name: sorted({int(v) for p, rows in parts for v in np.unique(p.dataset.arrays[name][rows])})
+        for name in ("total_charge", "spin_multiplicity")
     }
 
 

@@ -36,6 +36,8 @@ from orbq.models.potential import (
     smallest_graph,
 )
 from orbq.orbitals import GFN1, SYMBOLS
+from orbq.preprocess.check import check
+from orbq.preprocess.flat import near_origin
 from orbq.preprocess.form import read_json
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
@@ -79,6 +81,7 @@ class Run:
     ) -> None:
         self.potential, self.params, self.config = potential, params, config
         self.references, self.info = references, info
+        self._warned: set[tuple[str, int]] = set()
 
     @cached_property
     def energy(self) -> Any:
@@ -118,7 +121,7 @@ class Run:
                 "mask": jnp.array([True]),
             },
         )
-        return jnp.asarray(structure.positions, dtype), graph
+        return jnp.asarray(near_origin(structure.positions, np.array([n])), dtype), graph
 
     def structure(self, atoms: Atoms | Structure) -> Structure:
         """The checked structure of an ``ase.Atoms``."""
@@ -135,7 +138,25 @@ class Run:
                 f"element {', '.join(map(_symbol, unknown))} was not in the training data "
                 f"of this run, which knows {', '.join(SYMBOLS[z] for z in self.elements)}"
             )
+        # a slab is fine here: only xTB must know the whole periodicity
+        whole = structure.pbc.all() or not structure.pbc.any()
+        if reason := check(structure if whole else structure._replace(pbc=np.zeros(3, bool))):
+            raise InputError(f"the structure cannot be used: {reason}")
+        self._warn_of_state(structure)
         return structure
+
+    def _warn_of_state(self, structure: Structure) -> None:
+        """Once for every total charge and multiplicity that no training structure had."""
+        states = self.info.get("states", {})
+        for name in ("total_charge", "spin_multiplicity"):
+            value, seen = int(getattr(structure, name)), states.get(name)
+            if seen and value not in seen and (name, value) not in self._warned:
+                self._warned.add((name, value))
+                warnings.warn(
+                    f"no training structure had a {name.replace('_', ' ')} of {value} (but "
+                    f"{', '.join(map(str, seen))}): the network does not know what it changes",
+                    stacklevel=3,
+                )
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -194,7 +215,14 @@ class Run:
         InputError for a structure that the run cannot take, naming its place.
         """
         if not is_one(atoms):
-            return self._predict_many(atoms, batch_size)
+            if isinstance(atoms, str | Path) or not isinstance(atoms, Iterable):
+                raise InputError(
+                    f"{atoms!r} is no structure: give an ase.Atoms, or several, as ase.io.read or "
+                    "iread gives them"
+                )
+            if batch_size < 1 or batch_size != int(batch_size):
+                raise InputError(f"batch_size is {batch_size}: it must be a whole number above 0")
+            return self._predict_many(atoms, int(batch_size))
         structure = self.structure(atoms)
         positions, graph = self.graph(structure)
         out = self._predict(self.params, positions, graph)

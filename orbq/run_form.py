@@ -42,6 +42,8 @@ def fault(info: Mapping[str, Any], config: Config) -> str | None:
         return f"constants.elements must be atomic numbers, 1 to {MAX_Z}"
     if constants["energy_scale"] <= 0 or constants["avg_num_neighbors"] <= 0:
         return "constants.energy_scale and constants.avg_num_neighbors must be above 0"
+    if reason := wrong(info.get("states", {}), {str: [int]}, "states"):
+        return reason
     return wrong(constants.get("method", GFN1), METHODS, "constants.method")
 
 

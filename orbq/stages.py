@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from orbq.config import Config
 from orbq.data import TrainingData
+from orbq.errors import InputError
+from orbq.models.potential import make_potential, smallest_graph
 from orbq.preprocess.pool import Pool
-from orbq.train import Hyper
+from orbq.train import Hyper, is_frozen
 
 
 class Stage(NamedTuple):
@@ -43,9 +47,28 @@ def make_stages(config: Config, data: TrainingData) -> list[Stage]:
     share = training.unlabelled_share
     pool = teaching if share > 0 else train
     hyper = _hyper(config, training.n_steps, training.learning_rate)
-    frozen, terms = training.frozen, data.spec.terms
+    frozen, terms = _checked_frozen(training.frozen, data), data.spec.terms
     stages.append(Stage("train", training.n_steps, pool, len(train), share, terms, hyper, frozen))
     return stages
+
+
+def _checked_frozen(frozen: tuple[str, ...], data: TrainingData) -> tuple[str, ...]:
+    """``training.frozen``; raises InputError for a prefix that no parameter's path begins with."""
+    if not frozen:
+        return frozen
+    potential = make_potential(data.architecture, data.constants)
+    template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(np.float32))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(template)]
+    for prefix in frozen:
+        if not any(is_frozen((prefix,), path) for path in paths):
+            names = [[str(getattr(key, "key", key)) for key in path] for path in paths]
+            known = sorted({"/".join(name[:n]) for name in names for n in (1, 2)})
+            near = get_close_matches(prefix, known, 1) or known
+            raise InputError(
+                f"training.frozen: no parameter's path begins with {prefix!r}; did you mean "
+                f"{' or '.join(map(repr, near))}?"
+            )
+    return frozen
 
 
 def _hyper(config: Config, n_steps: int, rate: float) -> Hyper:

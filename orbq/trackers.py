@@ -22,7 +22,7 @@ class Tracker:
     """Tells numbers by name and step; the steps of a later stage follow those of the one before."""
 
     def __init__(self) -> None:
-        self.before, self.seen = 0, ("", 0)
+        self.before: dict[str, int] = {}  # steps of all stages before each
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Record values at a step."""
@@ -31,12 +31,14 @@ class Tracker:
         """No more will come."""
 
     def _at(self, stage: str, step: int) -> int:
-        if self.seen[0] not in ("", stage):
-            self.before += self.seen[1]
-        self.seen = (stage, step)
-        return self.before + step
+        return self.before.get(stage, 0) + step
 
-    def started(self, facts: dict[str, Any]) -> None: ...
+    def started(self, facts: dict[str, Any]) -> None:
+        """Take note of the stages, of which a run that is gone on with may have some behind it."""
+        total = 0
+        for stage, n_steps in facts.get("stages", {}).items():
+            self.before[stage], total = total, total + n_steps
+
     def warned(self, text: str) -> None: ...
 
     def stepped(self, stage: str, step: int, n_steps: int, loss: float, speed: Speed) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import ase
+import jax
 import numpy as np
 import pytest
 from ase import units
@@ -10,11 +13,12 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from tiny_run import random_run
+from tiny_run import random_run, save_run
 
 from orbq.calculator import Calculator, Capacity, SkinNeighbors, _rounded_up
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
+from orbq.run import Run
 from orbq.schema import Structure
 
 
@@ -195,6 +199,20 @@ def test_what_the_run_lacks_is_not_implemented():
 def test_bad_options(run, options, message):
     with pytest.raises(InputError, match=message):
         Calculator(run, **options)
+
+
+def test_a_directory_of_a_float64_run_is_computed_in_full(run, tmp_path):
+    """No parameter is rounded, and nothing is said of float32."""
+    training = run.config.training.model_copy(update={"precision": "float64"})
+    config = run.config.model_copy(update={"training": training})
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: np.asarray(p, np.float64) * (1 + 1e-12), run.params)
+        place = save_run(Run(run.potential, params, config, run.references, {}), tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calculator = Calculator(place)
+    for found, expected in zip(*map(jax.tree.leaves, (calculator.params, params)), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_unknown_element(calculator):

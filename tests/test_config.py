@@ -189,6 +189,15 @@ def test_overrides(tmp_path: Path, override: str, section: str, key: str, value:
     assert getattr(getattr(config, section), key) == value
 
 
+def test_an_override_of_one_reference_leaves_the_others(tmp_path: Path) -> None:
+    path = write(tmp_path, "[data]\nreferences = {H = -13.6, C = -1030.0}")
+    config = load_config(path, ["data.references.H=-13.7", "data.references.O=-2041.0"])
+    assert config.data.references == {"H": -13.7, "C": -1030.0, "O": -2041.0}
+    assert load_config(path, ["data.references={O=-1.0}"]).data.references == {"O": -1.0}
+    named = load_config(path, ["data.references=taught", "data.references.O=-1.0"])
+    assert named.data.references == {"O": -1.0}
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [

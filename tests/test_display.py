@@ -18,6 +18,7 @@ from orbq.trackers import with_trackers
 
 FACTS: dict[str, Any] = {
     "directory": "runs/x",
+    "stages": {"pretrain": 50, "train": 2000},
     "structures": {"train": 590, "validation": 72},
     "labels": {"energy": 590, "forces": 580, "stress": 1},
     "n_parameters": 12345,
@@ -106,6 +107,15 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert found["atoms_per_second", 75] == pytest.approx(14813.2)
     assert found["validation/forces_mae_meV_per_A", 150] == pytest.approx(415.76)
     assert found["gradient/cosine", 150] == pytest.approx(-0.1)
+
+
+def test_steps_go_on_where_a_run_is_resumed(tmp_path: Path) -> None:
+    """Another process, which does not see the stage that is over."""
+    pytest.importorskip("tensorboardX")
+    with with_trackers(config(tmp_path, "tensorboard"), Display(Console(quiet=True))) as told:
+        told.started(FACTS)
+        told.validated(record("train", 100))
+    assert {step for _, step, _ in events(tmp_path / "tensorboard")} == {150}
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

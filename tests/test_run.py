@@ -70,11 +70,41 @@ def test_charge_and_spin_from_info(run):
         (ase.Atoms("UAu", [[0, 0, 0], [0, 0, 3]]), "Au, Z = 92"),
         (ase.Atoms("X"), "Z = 0"),
         (ase.Atoms("O", info={"charge": 0.5}), "charge is 0.5"),
+        (ase.Atoms(), "no atoms"),
+        (ase.Atoms("O", info={"spin_multiplicity": 0}), "multiplicity is 0"),
+        (ase.Atoms("O", info={"spin_multiplicity": 2}), "does not fit 8 electrons"),
+        (ase.Atoms("H2"), "atoms 0 and 1 are 0.000 Å apart"),
     ],
 )
 def test_structures_that_are_refused(run, atoms, message):
     with pytest.raises(InputError, match=message):
         run.structure(atoms)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "batch_size", "message"),
+    [
+        ("water.xyz", 16, "'water.xyz' is no structure"),
+        (None, 16, "None is no structure"),
+        ([molecule("H2O")], 0, "batch_size is 0"),
+        ([molecule("H2O")], 1.5, "batch_size is 1.5"),
+    ],
+)
+def test_what_cannot_be_predicted_is_said_at_once(run, atoms, batch_size, message):
+    with pytest.raises(InputError, match=message):
+        run.predict(atoms, batch_size)
+
+
+def test_where_a_structure_lies_costs_no_digits(run):
+    """In float32, as many as a thousand kilometres from the origin; next to it nothing is moved."""
+    atoms = molecule("CH3OH")
+    here = run.predict(atoms)
+    np.testing.assert_array_equal(run.graph(atoms)[0], atoms.positions.astype(np.float32))
+    atoms.positions += [1e6, -2e5, 3e4]
+    for there in (run.predict(atoms), next(run.predict([atoms]))):
+        # float64 keeps 1e-10 Å at 1e6 Å; float32 sums of the network the rest
+        np.testing.assert_allclose(there["forces"], here["forces"], atol=1e-4)
+        assert there["energy"] == pytest.approx(here["energy"], abs=1e-4)
 
 
 def test_element_that_charges_alone_have_taught(run):

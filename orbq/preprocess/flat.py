@@ -77,3 +77,17 @@ class FlatWriter:
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
+
+
+FAR = 100.0  # Å from the origin, beyond which float32 knows positions to less than 1e-5 Å
+
+
+def near_origin(positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Positions [n, 3] of structures with ``counts`` [S] atoms, those of any structure that reaches
+    beyond FAR relative to its centre: to be called before they are rounded to float32."""
+    if not len(positions) or np.abs(positions).max() <= FAR:
+        return positions
+    starts = np.cumsum(counts) - counts
+    far = np.maximum.reduceat(np.abs(positions).max(1), starts) > FAR
+    centre = np.add.reduceat(positions, starts) / counts[:, None]
+    return positions - np.repeat(np.where(far[:, None], centre, 0.0), counts, axis=0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
+from orbq.preprocess.flat import near_origin
 from orbq.preprocess.gather import Gatherer, Span, span
 from orbq.preprocess.plan import Budget, Fill, check_fits, choose_budget, fill_rates, make_plan
 from orbq.preprocess.pool import Part, Pool, part_labels
@@ -250,7 +251,7 @@ class Packer:
 
     def _put_inputs(self, batch: PackedBatch, place: _Place) -> None:
         arrays, gather = self._arrays[place.part], self._gather[place.part]
-        positions = gather["positions"](place.atoms)
+        positions = near_origin(gather["positions"](place.atoms), place.atoms.counts)
         batch.positions[place.nodes] = turned("positions", positions, place.turn)
         batch.numbers[place.nodes] = gather["numbers"](place.atoms)
         batch.total_charge[place.structures] = arrays["total_charge"][place.rows]

@@ -64,15 +64,21 @@ def make_plan(
 def epoch_plan(
     pool: Pool, n_labelled: int, share: float, budget: Budget, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Batches of one epoch: the first ``n_labelled`` items, each once, and so many of the others,
-    chosen anew each epoch, that they make up ``share`` of the structures."""
+    """Batches of one epoch, of its ``epoch_items``."""
+    items = epoch_items(pool, n_labelled, share, seed, epoch)
+    plan = make_plan(pool.n_nodes[items], pool.n_edges[items], budget, seed, epoch)
+    return [items[batch] for batch in plan]
+
+
+def epoch_items(pool: Pool, n_labelled: int, share: float, seed: int, epoch: int) -> np.ndarray:
+    """The first ``n_labelled`` items, and so many of the others, chosen anew each epoch, that they
+    make up ``share`` of the structures; all of them if there are too few, or at a share of 1."""
     items = np.arange(n_labelled)
     if share > 0:
         others = np.random.default_rng([seed, epoch, 2]).permutation(len(pool) - n_labelled)
         wanted = len(others) if share >= 1 else round(share / (1 - share) * n_labelled)
         items = np.concatenate([items, n_labelled + np.sort(others[:wanted])])
-    plan = make_plan(pool.n_nodes[items], pool.n_edges[items], budget, seed, epoch)
-    return [items[batch] for batch in plan]
+    return items
 
 
 def check_fits(n_nodes: np.ndarray, n_edges: np.ndarray, budget: Budget) -> None:
@@ -185,9 +191,7 @@ def choose_budget(n_nodes: np.ndarray, n_edges: np.ndarray, batch_size: float) -
             f"batch size {batch_size}, {len(n_nodes)} structures: it must be at least 1 (mean"
             " structures per batch), of a pool that is not empty"
         )
-    sample = np.arange(len(n_nodes))
-    if len(sample) > _SAMPLE:
-        sample = np.random.default_rng(0).choice(len(sample), _SAMPLE, replace=False)
+    sample = _sample(len(n_nodes))
     nodes, edges = n_nodes[sample], n_edges[sample]
     largest = Budget(int(n_nodes.max()) + 1, int(n_edges.max()) + 1, 2)
     best, best_score = largest, -np.inf
@@ -198,6 +202,18 @@ def choose_budget(n_nodes: np.ndarray, n_edges: np.ndarray, batch_size: float) -
                 best, best_score = budget, score
     _warn_if_crowded(n_edges, best, batch_size)
     return best
+
+
+def mean_size(n_nodes: np.ndarray, n_edges: np.ndarray, budget: Budget) -> float:
+    """How many structures a batch of this budget holds on average, of at most 5,000 of them."""
+    sample = _sample(len(n_nodes))
+    return len(sample) / len(make_plan(n_nodes[sample], n_edges[sample], budget, 0, 0))
+
+
+def _sample(n: int) -> np.ndarray:
+    if n > _SAMPLE:
+        return np.random.default_rng(0).choice(n, _SAMPLE, replace=False)
+    return np.arange(n)
 
 
 def _score(nodes: np.ndarray, edges: np.ndarray, budget: Budget, batch_size: float) -> float:

@@ -28,7 +28,7 @@ from orbq.ablate import (
     start_selection,
 )
 from orbq.data import TrainingData, make_packer, to_batch
-from orbq.errors import OrbqError
+from orbq.errors import InputError, OrbqError
 from orbq.initial import prepare_from, started_from
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
@@ -79,6 +79,16 @@ class Place:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _require_energies(data: TrainingData) -> None:
+    """What chooses the best step, and what is reported, are energies that no run was taught."""
+    for name in ("validation", "test"):
+        if name not in data.pools or not data.pools[name].labelled("energy").any():
+            raise InputError(
+                f"no {name} structure has an energy, by which the runs of an ablation are "
+                f"compared: raise data.{name}_fraction, or change data.split or data.split_seed"
+            )
+
+
 class Training:
     """A program at work. ``run`` returns one record per run; state and selection stay."""
 
@@ -96,6 +106,7 @@ class Training:
         self.program, self.watcher = program, watcher or Unwatched()
         self.checkpoints = directory / "checkpoints" if directory else None
         self.data = data or prepare_from(program.config)
+        _require_energies(self.data)
         for note in self.data.initial.notes if self.data.initial else ():
             warnings.warn(note, stacklevel=2)
         self.runs = _padded(program.runs, len(jax.local_devices()))
