@@ -55,7 +55,7 @@ def test_a_validation_part_without_energies_is_told(data, tmp_path) -> None:
 def test_an_ablation_without_test_energies_is_refused_before_training(data, tmp_path) -> None:
     config = config_of(data, tmp_path, training={"unlabelled_share": 0.0})
     prepared = prepare(config)
-    program = Program(config, "name", ())
+    program = Program("name", "atomic", config, ())
     for gone in ("test", "validation"):
         pools = {n: pool for n, pool in prepared.pools.items() if n != gone}
         with pytest.raises(InputError, match=rf"no {gone} structure.*data\.{gone}_fraction"):
