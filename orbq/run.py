@@ -138,9 +138,10 @@ class Run:
                 f"element {', '.join(map(_symbol, unknown))} was not in the training data "
                 f"of this run, which knows {', '.join(SYMBOLS[z] for z in self.elements)}"
             )
-        # a slab is fine here: only xTB must know the whole periodicity
-        whole = structure.pbc.all() or not structure.pbc.any()
-        if reason := check(structure if whole else structure._replace(pbc=np.zeros(3, bool))):
+        bare = structure._replace(energy=None, forces=None, stress=None, dft_charges=None)
+        if structure.pbc.any() and not structure.pbc.all():  # a slab: only xTB must know it whole
+            bare = bare._replace(pbc=np.zeros(3, bool))
+        if reason := check(bare):
             raise InputError(f"the structure cannot be used: {reason}")
         self._warn_of_state(structure)
         return structure

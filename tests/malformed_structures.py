@@ -80,7 +80,6 @@ def _text() -> dict[str, tuple[str, Any, str]]:
         "cut-in-the-comment": (x, WATER[:20], "truncated in frame 0"),
         "cut-in-a-row": (x, WATER[:-12], "not understood"),
         "cut-second-frame": (x, WATER + WATER[:-20], "truncated in frame 1"),
-        "byte-order-mark": (x, "\ufeff" + WATER, no_count),
         "utf-16": (x, WATER.encode("utf-16"), DAMAGED),
         "latin-1": (x, frame("name=Å").encode("latin-1"), DAMAGED),
         "binary": (x, bytes(range(128, 256)), DAMAGED),

@@ -203,7 +203,10 @@ def test_a_group_for_each_atom_is_no_group_of_the_structure(tmp_path: Path) -> N
         list(read_structures([tmp_path / "a.xyz"], Keys(group="group")))
 
 
-@pytest.mark.parametrize("bytes_", [b"\xef\xbb\xbf3\nplain", b"3\nnote=\xc5"], ids=["BOM", "latin"])
-def test_text_of_other_encodings_is_read(tmp_path: Path, bytes_: bytes) -> None:
-    (tmp_path / "a.xyz").write_bytes(bytes_ + b" energy=-14.0\nO 0 0 0.12\nH 0 1 0\nH 1 0 0\n")
+def test_a_byte_order_mark_is_no_text_and_another_encoding_is_named(tmp_path: Path) -> None:
+    rest = b" energy=-14.0\nO 0 0 0.12\nH 0 1 0\nH 1 0 0\n"
+    (tmp_path / "a.xyz").write_bytes(b"\xef\xbb\xbf3\nplain" + rest)
     assert one(tmp_path / "a.xyz").energy == -14.0
+    (tmp_path / "b.xyz").write_bytes(b"3\nnote=\xc5" + rest)
+    with pytest.raises(InputError, match=r"UnicodeDecodeError.*save it as UTF-8"):
+        one(tmp_path / "b.xyz")

@@ -133,7 +133,11 @@ def read_frames(source: Source) -> Iterator[Frame]:
     except DAMAGED as error:
         raise InputError(
             f"{source.name}: truncated or corrupt after frame {reached}: {_brief(error)}; "
-            "copy or make the file again"
+            + (
+                "if it is text of another encoding, save it as UTF-8"
+                if isinstance(error, UnicodeDecodeError)
+                else "copy or make the file again"
+            )
         ) from error
     if not readable:
         raise InputError(

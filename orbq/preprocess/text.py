@@ -19,14 +19,12 @@ from orbq.errors import InputError
 MAX_LINE = 1 << 22  # characters; a comment line of extxyz may hold an array
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 # what reading a truncated or corrupt file raises; MemoryError: a header that claims the absurd
-DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError)
+DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, MemoryError)
 
 
 def open_text(path: Path) -> TextIO:
-    """UTF-8 text, unpacked as the name's ending says; what is not UTF-8 is replaced by U+FFFD."""
-    stream: TextIO = OPENERS.get(path.suffix.lower(), open)(
-        path, "rt", encoding="utf-8-sig", errors="replace"
-    )
+    """UTF-8 text, with or without a byte-order mark, unpacked as the name's ending says."""
+    stream: TextIO = OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig")
     return stream
 
 
