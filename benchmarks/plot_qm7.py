@@ -36,7 +36,9 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
     "base_deep": "energy-only, the network of onsite",
     "base_wide": "energy-only, the network of onsite with 64 channels",
+    "base_wider": "energy-only, the network of onsite with 128 channels",
     "onsite_wide": "onsite, with 64 channels",
+    "onsite_wider": "onsite, with 128 channels",
     "invariant": "orbital, invariant head",
     "random": "onsite, a target without information",
     "both": "GFN1 charges and energies first",
@@ -76,7 +78,7 @@ def main() -> None:
     draw(table, RESULTS / "qm7_curves.png")
     print("\nfour times the steps")
     longest, chosen_by = read(["longest"]), read(["longest"], "validation")
-    for arm in (ARMS["base_deep"], ARMS["base_wide"]):  # where validation says so, in place
+    for arm in (ARMS["base_deep"], ARMS["base_wide"], ARMS["base_wider"]):  # where validation says so, in place
         for n, errors in longest.pop(arm, {}).items():
             here, there = (mean(chosen_by[name][n]) for name in (arm, BASELINE))
             print(f"{n}: {arm}: {mean(errors):.2f}; validation {here:.2f}, not {there:.2f}")
