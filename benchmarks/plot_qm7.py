@@ -78,7 +78,7 @@ def main() -> None:
     draw(table, RESULTS / "qm7_curves.png")
     print("\nfour times the steps")
     longest, chosen_by = read(["longest"]), read(["longest"], "validation")
-    for arm in (ARMS["base_deep"], ARMS["base_wide"], ARMS["base_wider"]):  # where validation says so, in place
+    for arm in (ARMS[f"base_{size}"] for size in ("deep", "wide", "wider")):  # if better
         for n, errors in longest.pop(arm, {}).items():
             here, there = (mean(chosen_by[name][n]) for name in (arm, BASELINE))
             print(f"{n}: {arm}: {mean(errors):.2f}; validation {here:.2f}, not {there:.2f}")
