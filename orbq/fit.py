@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,12 @@ def fit(
     configure_jax(config)
     directory = Path(config.run.directory)
     check_apart(config)
-    begun = devices.main_decides(lambda: records.claim(directory, config, overwrite))
+    with ExitStack() as held:
+        begun = devices.main_decides(lambda: records.claim(directory, config, overwrite, held))
+        return _fit(config, directory, begun, reporter)
+
+
+def _fit(config: Config, directory: Path, begun: bool, reporter: Reporter | None) -> dict[str, Any]:
     parts = config.training.batches_per_update
     if begun:
         parts = read_description(directory).get("parts", 1)

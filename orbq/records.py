@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orbq import __version__
 from orbq.config import Config
 from orbq.data import TrainingData
 from orbq.errors import InputError
+from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Potential, smallest_graph
 from orbq.preprocess.links import refuse_links
@@ -97,13 +99,17 @@ def check_same_data(directory: Path, datasets: Sequence[Dataset]) -> None:
 # --------------------------------------------------------------------------- the run directory
 
 
-def claim(directory: Path, config: Config, overwrite: bool) -> bool:
+def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) -> bool:
     """Make sure that ``directory`` is free, or holds this very run; whether it does.
 
-    Raises InputError when something else is in it, or a link out of it.
+    It is then ours alone until ``held_by`` is closed.
+
+    Raises InputError when something else is in it, a link out of it, or another process at work.
     """
     place = directory.resolve()  # it may be a link, which stays
     held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
+    if held:
+        held_by.enter_context(alone_in(place))
     if overwrite and held:
         if RUN_FILE not in held:
             raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
@@ -121,6 +127,8 @@ def claim(directory: Path, config: Config, overwrite: bool) -> bool:
             "choose another run.directory, or start anew with --overwrite (which deletes it)"
         )
     place.mkdir(parents=True, exist_ok=True)
+    if not held:
+        held_by.enter_context(alone_in(place))
     return bool(held)
 
 

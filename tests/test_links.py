@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_the_links_of_weights_and_biases_are_its_own(tmp_path, outside):
     (directory / "wandb" / "run-1" / "logs" / "debug-core.log").symlink_to(outside / "file")
     stored = {"run_version": 1, "config": json.loads(config.model_dump_json())}
     (directory / RUN_FILE).write_text(json.dumps(stored))
-    assert records.claim(directory, config, False)
+    with ExitStack() as held:
+        assert records.claim(directory, config, False, held)
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "ablation.json", "report.html", "programs/a"])
@@ -158,10 +160,12 @@ def test_a_directory_that_is_a_link_stays_one_when_it_is_overwritten(tmp_path, c
     directory.symlink_to(disk)
     take: Callable[..., object] = study._claim if claim == "ablation" else claim
     config = config_in(directory)
-    take(directory, config, False)
+    with ExitStack() as held:
+        take(directory, config, False, held)
     (disk / (study.DESCRIPTION if claim == "ablation" else RUN_FILE)).write_text("{}")
     (disk / "old").write_text("")
-    take(directory, config, True)
+    with ExitStack() as held:
+        take(directory, config, True, held)
     assert directory.readlink() == disk
     assert {path.name for path in disk.iterdir()} <= {study.DESCRIPTION}
     assert [path.name for path in disk.parent.iterdir()] == ["here"]

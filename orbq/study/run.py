@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from orbq.config import Config
 from orbq.data import TrainingData, make_packer, prepare, to_batch
 from orbq.errors import InputError
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
+from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.links import refuse_links
@@ -69,8 +71,13 @@ def run_ablation(
     check_apart(config)
     if overwrite or not (directory / INITIAL).is_dir():
         check_initial(config)
-    _claim(directory, config, overwrite)
-    config = with_own_copy(config, directory)
+    with ExitStack() as held:
+        _claim(directory, config, overwrite, held)
+        return _train(with_own_copy(config, directory), directory, reporter)
+
+
+def _train(config: Config, directory: Path, reporter: Reporter) -> list[dict[str, Any]]:
+    """All records, those of the runs that had none yet added."""
     done = read_results(directory)
     pending = pending_programs(config, done)
     reporter.planned(pending, len(done))
@@ -132,12 +139,15 @@ def device_memory() -> int:
 # --------------------------------------------------------------------------- records
 
 
-def _claim(directory: Path, config: Config, overwrite: bool) -> None:
-    """Make sure that ``directory`` is free, or holds this very ablation, and no link out of it."""
+def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) -> None:
+    """Make sure that ``directory`` is free, or holds this very ablation, and no link out of it. It
+    is then ours alone until ``held_by`` is closed."""
     place = directory.resolve()  # it may be a link, which stays
     held = {p.name for p in directory.iterdir()} if directory.exists() else set()
     if held and not held & _OWN:
         raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
+    if held:
+        held_by.enter_context(alone_in(place))
     if overwrite and held:
         shutil.rmtree(place)
         held = set()
@@ -154,6 +164,8 @@ def _claim(directory: Path, config: Config, overwrite: bool) -> None:
                 "run.directory, or start anew with --overwrite (which deletes it)"
             )
     place.mkdir(parents=True, exist_ok=True)
+    if not held:
+        held_by.enter_context(alone_in(place))
     document = {
         "orbq_version": __version__,
         "fingerprint": own,
