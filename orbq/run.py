@@ -103,7 +103,9 @@ class Run:
         ``charge`` and ``spin_multiplicity`` are read from ``atoms.info`` (default: neutral; lowest
         spin of the electron count). Raises InputError for an element the run was not trained on.
         """
-        structure = self.structure(atoms)
+        return self._graph(self.structure(atoms), dtype)
+
+    def _graph(self, structure: Structure, dtype: Any = None) -> tuple[Array, jraph.GraphsTuple]:
         dtype = dtype or jax.dtypes.canonicalize_dtype(self.config.training.precision)
         cutoff = self.potential.architecture.cutoff
         edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
@@ -225,7 +227,7 @@ class Run:
                 raise InputError(f"batch_size is {batch_size}: it must be a whole number above 0")
             return self._predict_many(atoms, int(batch_size))
         structure = self.structure(atoms)
-        positions, graph = self.graph(structure)
+        positions, graph = self._graph(structure)
         out = self._predict(self.params, positions, graph)
         energy = float(out.energy[0]) + self.reference_energy(structure)
         charges = {name: np.asarray(values) for name, values in out.charges.items()}

@@ -148,7 +148,7 @@ class Reader:
 
 
 def _no_value(field: str, value: Any) -> str:
-    """Why a value that goes by a default name cannot be meant, "" if it can."""
+    """Why a value cannot be that of the field, "" if it can."""
     if isinstance(value, bool | np.bool_):  # ASE reads a bare word of a comment line as True
         return "has no value"
     if field == "group" and (isinstance(value, list | tuple) or np.ndim(value)):

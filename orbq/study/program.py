@@ -80,7 +80,7 @@ class Place:
 
 
 def _require_energies(data: TrainingData) -> None:
-    """What chooses the best step, and what is reported, are energies that no run was taught."""
+    """Raise InputError where the energies are missing that choose the best step or are reported."""
     for name in ("validation", "test"):
         if name not in data.pools or not data.pools[name].labelled("energy").any():
             raise InputError(
