@@ -27,6 +27,7 @@ from orbq.inference import (
     orbital_charges,
     predict_members,
     shell_charges,
+    voigt,
 )
 from orbq.preprocess.frames import Frame, Source, read_frames
 from orbq.run import Run
@@ -34,7 +35,7 @@ from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
 PARTIAL = ".partial"
-RESULTS = ("energy", "forces", "charges")  # what ASE has a name for
+RESULTS = ("energy", "forces", "stress", "charges")  # what ASE has a name for
 RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -51,24 +52,31 @@ class Refused(NamedTuple):
 
 
 def annotate(
-    run: Run | Ensemble, sources: Sequence[Source], charges: bool = False, batch_size: int = 16
+    run: Run | Ensemble,
+    sources: Sequence[Source],
+    charges: bool = False,
+    batch_size: int = 16,
+    stress: bool = False,
 ) -> Iterator[Atoms | Refused]:
     """Every structure of the files with its predictions, in their order, in constant memory.
 
-    Energy and forces are set as the calculator's results; with ``charges`` also the atomic charges,
-    and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has them. An
-    ensemble's predictions are means; the spread is in ``info["energy_std"]`` and the arrays
-    ``forces_std``, ``charges_std``, ... Of a run that was taught neither energies nor forces only
-    the charges are given.
+    Energy and forces are set as the calculator's results; with ``stress`` also the stress of
+    crystals (eV/Å^3, Voigt's order xx, yy, zz, yz, xz, xy); with ``charges`` also the atomic
+    charges, and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has
+    them. An ensemble's predictions are means; the spread is in ``info["energy_std"]``,
+    ``info["stress_std"]`` and the arrays ``forces_std``, ``charges_std``, ... Of a run that was
+    taught neither energies nor forces only the charges are given.
 
     Raises InputError for charges of a run without a charge target, for a run of which nothing is
-    left to give, and when a whole file is at fault.
+    left to give or that was not taught what the stress follows from, and when a whole file is at
+    fault.
     """
     target = charge_target(run) if charges else None
-    if target is None:
+    if target is None or stress:
         require_energy(run)
     runs = run.runs if isinstance(run, Ensemble) else (run,)
-    predictors = [BatchPredictor(member, (target,) if target else ()) for member in runs]
+    targets = (*((target,) if target else ()), *(("stress",) if stress else ()))
+    predictors = [BatchPredictor(member, targets) for member in runs]
     waiting: deque[Atoms] = deque()
     refused: deque[Refused] = deque()
 
@@ -85,8 +93,9 @@ def annotate(
     for members in predict_members(predictors, usable(), batch_size):
         while refused:
             yield refused.popleft()
-        results = [_results(member, target, run.taught_energy) for member in members]
-        yield _annotated(waiting.popleft(), results[0] if len(runs) == 1 else combined(results))
+        atoms = waiting.popleft()
+        results = [_results(one, target, run.taught_energy, atoms.pbc.all()) for one in members]
+        yield _annotated(atoms, results[0] if len(runs) == 1 else combined(results))
     yield from refused
 
 
@@ -121,11 +130,15 @@ def _structure(run: Run | Ensemble, source: Source, frame: Frame) -> Structure |
     return structure
 
 
-def _results(predicted: Predicted, target: str | None, energies: bool) -> dict[str, Any]:
+def _results(
+    predicted: Predicted, target: str | None, energies: bool, crystal: bool
+) -> dict[str, Any]:
     """Everything that is written of one structure, by name."""
     out: dict[str, Any] = {}
     if energies:
         out = {"energy": predicted.energy, "forces": np.asarray(predicted.forces, np.float64)}
+    if crystal and "stress" in predicted.targets:
+        out["stress"] = voigt(predicted.targets["stress"])
     if target is not None:
         values = predicted.targets[target]
         out["charges"] = atomic_charges(target, values)
@@ -139,7 +152,7 @@ def _annotated(atoms: Atoms, results: dict[str, Any]) -> Atoms:
     known = {name: results[name] for name in RESULTS if name in results}
     atoms.calc = SinglePointCalculator(atoms, **known)
     for name, value in results.items():
-        if name == "energy" + SPREAD:
+        if name in ("energy" + SPREAD, "stress" + SPREAD):
             atoms.info[name] = value
         elif name not in known:
             atoms.arrays[name] = value

@@ -22,12 +22,10 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
-from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbq.errors import InputError
-from orbq.inference import atomic_charges
+from orbq.inference import atomic_charges, voigt
 from orbq.models.potential import predict
-from orbq.models.strain import predict_stress
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES
 from orbq.run import Run, load, read_description, run_directory
@@ -141,8 +139,7 @@ class Calculator(AseCalculator):
             forces=np.asarray(forces, np.float64)[: len(structure.numbers)],
         )
         if stress:
-            voigt = full_3x3_to_voigt_6_stress(np.asarray(stress[0][0], np.float64))
-            self.results["stress"] = voigt
+            self.results["stress"] = voigt(stress[0][0])
 
     def _charges(self, structure: Structure) -> None:
         if self.charge_target is None:
@@ -177,10 +174,12 @@ class Calculator(AseCalculator):
 
         def program(params: Any, positions: Any, graph: jraph.GraphsTuple, cell: Any) -> Any:
             self.compilations += 1
-            if name == "stress":
-                return tuple(predict_stress(potential, params, positions, graph, cell))
             if name == "charges":
                 return potential.apply(params, positions, graph, (target,))[1][target]
+            if name == "stress":
+                graph = graph._replace(globals={**graph.globals, "cell": cell})
+                out = predict(potential, params, positions, graph, ("stress",))
+                return out.energy, out.forces, out.stress
             out = predict(potential, params, positions, graph)
             return out.energy, out.forces
 

@@ -36,7 +36,7 @@ from orbq.config_text import (
     without_wrong_keys,
 )
 from orbq.errors import InputError
-from orbq.targets import TARGETS
+from orbq.targets import MAIN_TERMS, TARGETS
 
 MAX_INT = 2**31 - 1  # counters are int32 in the compiled programs
 
@@ -74,6 +74,7 @@ _FROM_INPUT = (
 LABELLING = {
     "energy": _FROM_INPUT.format("energy"),
     "forces": _FROM_INPUT.format("forces"),
+    "stress": _FROM_INPUT.format("stress"),
     "dft_charges": _FROM_INPUT.format("dft-charges"),
 }
 
@@ -132,6 +133,7 @@ class LossWeights(Section):
 
     energy: Weight = 1.0
     forces: Weight = 1.0
+    stress: Weight = 0.0
     orbital: Weight = 0.0
     density: Weight = 0.0
     onsite: Weight = 0.0
@@ -142,12 +144,12 @@ class LossWeights(Section):
     xtb_forces: Weight = 0.0
 
     def auxiliary(self) -> dict[str, float]:
-        """The positive weights on targets other than energy and forces."""
+        """The positive weights on targets other than energy, forces and stress."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name) > 0}
 
 
 class Loss(Section):
-    """How residuals of energies and forces are scored."""
+    """How residuals of energies, forces and stresses are scored."""
 
     kind: Literal["huber", "mse", "mae"] = "huber"
     huber_delta: Positive = 1.0
@@ -290,7 +292,7 @@ def check_against(config: Config, coverage: Mapping[str, int], dataset_name: str
     """
     weights = config.loss.weights
     wanted: dict[str, tuple[str, ...]] = {
-        name: (name,) for name in ("energy", "forces") if getattr(weights, name) > 0
+        name: (name,) for name in MAIN_TERMS if getattr(weights, name) > 0
     }
     wanted |= {name: TARGETS[name].fields for name in weights.auxiliary()}
     problems = []

@@ -89,6 +89,10 @@ def _unlabelled_rule(config: Config) -> list[Problem]:
 
 def _weights_rule(config: Config) -> list[Problem]:
     weights = config.loss.weights
+    if weights.stress and not (weights.energy or weights.forces):
+        text = f"is {weights.stress:g}, which needs a weight on energies, forces or both"
+        keys = ("loss.weights.energy", "loss.weights.forces")
+        return [Problem("loss.weights.stress", text, keys)]
     if weights.energy or weights.forces or weights.auxiliary():
         return []
     return [Problem("loss.weights", "all are 0: nothing would be learnt, set one above 0")]

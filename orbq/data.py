@@ -6,7 +6,7 @@ This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jraph
@@ -19,25 +19,23 @@ from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.fused import unavailable
 from orbq.models.potential import Architecture, Constants
-from orbq.orbitals import MAX_Z, SYMBOLS
-from orbq.preprocess.flat import ragged_rows
+from orbq.orbitals import SYMBOLS
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import choose_budget, epoch_items, mean_size
-from orbq.preprocess.pool import Part, Pool, part_labels
+from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.references import Fit, References, fit_of, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
+from orbq.scales import energy_scale, label_statistics, scales_of
 from orbq.schema import FIELDS
 from orbq.splits import split
-from orbq.targets import TARGETS, Moments, Statistics, moments, statistics
+from orbq.targets import MAIN_TERMS, TARGETS
 
 if TYPE_CHECKING:
     from orbq.initial import Initial
 
 DFT_FIELDS = ("energy", "forces", "stress", "dft_charges")  # never used of charge-only structures
 PER_ATOM = tuple(n for n in TARGETS if not n.startswith("xtb_"))  # normalised per element and shell
-_CHUNK = 4096  # structures at a time when the training labels are scanned
 _TOLERATED = 4 / 3  # of batches that hold more or fewer structures than asked for
-_ENERGY_FLOOR, _FORCE_FLOOR = 1e-3, 1e-3  # eV, eV/Å; scales are not smaller
 
 
 class TrainingData(NamedTuple):
@@ -156,20 +154,19 @@ def prepare(
     labels = {f: int(teaching.labelled(f).sum()) for f in FIELDS}
     check_against(config, labels, config.data.dataset)
     weights = config.loss.weights
-    terms = tuple(n for n in ("energy", "forces") if getattr(weights, n) > 0)
+    terms = tuple(n for n in MAIN_TERMS if getattr(weights, n) > 0)
     terms += tuple(weights.auxiliary())
     _require_validation(pools["validation"], terms)
-    stats = {n: _statistics(n, teaching) for n in terms if n in PER_ATOM}
+    stats = {n: label_statistics(n, teaching) for n in terms if n in PER_ATOM}
     fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
     _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
-    scales = {n: max(f.std, _ENERGY_FLOOR) for n, f in fits.items()}
-    scales |= {n: _force_scale(teaching, n) for n in ("forces", "xtb_forces") if n in terms}
+    scales = scales_of(terms, fits, teaching)
     train = pools["train"]
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
     constants = Constants(
         elements=tuple(int(z) for z in elements),
-        energy_scale=_energy_scale(scales, float(train.n_nodes.mean())),
+        energy_scale=energy_scale(scales, float(train.n_nodes.mean())),
         avg_num_neighbors=max(float(neighbors), 1.0),
         statistics=stats,
         method=dataset.method,
@@ -216,54 +213,6 @@ def _fit_references(
         guide = ("xtb_energy", fits["xtb_energy"].references) if guided else None
         fits["energy"] = fit_pool_references(train, "energy", given, charge, guide)
     return {name: fits[name] for name in terms if name in fits}
-
-
-def _statistics(name: str, pool: Pool) -> Statistics:
-    """Normalisation of a per-atom target over a pool, in constant memory."""
-    target = TARGETS[name]
-    shape = (MAX_Z + 1, target.k)
-    total = Moments(*(np.zeros(shape) for _ in range(3)))
-    for rows, part in _chunks(pool):
-        arrays = part.dataset.arrays
-        labelled = np.all([part_labels(part, rows, f) for f in target.fields], axis=0)
-        atoms = _atom_rows(arrays["offsets"], rows[labelled])
-        numbers = np.asarray(arrays["numbers"][atoms])
-        values = target.extract(arrays, atoms)
-        sums = moments(target, numbers, values, target.mask(numbers, True, part.dataset.method))
-        total = Moments(*(a + b for a, b in zip(total, sums, strict=True)))
-    return statistics(target, total)
-
-
-def _force_scale(pool: Pool, field: str) -> float:
-    """Root mean square of a force component over a pool, eV/Å."""
-    square, count = 0.0, 0
-    for rows, part in _chunks(pool):
-        arrays = part.dataset.arrays
-        atoms = _atom_rows(arrays["offsets"], rows[part_labels(part, rows, field)])
-        values = np.asarray(arrays[field][atoms])
-        square, count = square + float((values**2).sum()), count + values.size
-    return max(float(np.sqrt(square / max(count, 1))), _FORCE_FLOOR)
-
-
-def _energy_scale(scales: Mapping[str, float], n_atoms: float) -> float:
-    """What the energy readouts are multiplied with, eV: the scale of a force, else that of an
-    energy per root of the mean number of atoms; those of xTB where only its labels teach."""
-    per_root = float(np.sqrt(n_atoms))
-    for name in ("forces", "energy", "xtb_forces", "xtb_energy"):
-        if name in scales:
-            return float(scales[name] if "forces" in name else scales[name] / per_root)
-    return 1.0 / per_root
-
-
-def _chunks(pool: Pool) -> Iterator[tuple[np.ndarray, Part]]:
-    for part, rows in zip(pool.parts, pool.rows, strict=True):
-        for start in range(0, len(rows), _CHUNK):
-            yield rows[start : start + _CHUNK], part
-
-
-def _atom_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of the per-atom arrays that belong to these structures."""
-    return ragged_rows(offsets[rows], offsets[rows + 1] - offsets[rows])
 
 
 def _check_no_leak(
@@ -387,8 +336,12 @@ def make_packer(data: TrainingData, pool: Pool, config: Config) -> Packer:
     )
 
 
-def to_batch(packed: PackedBatch) -> Batch:
-    """The packer's arrays as positions, graph and targets."""
+def to_batch(packed: PackedBatch, with_cell: bool = False) -> Batch:
+    """The packer's arrays as positions, graph and targets.
+
+    with_cell: whether the graph has the lattice vectors, as it has where stresses are fitted.
+    """
+    with_cell = with_cell or "stress" in packed.targets
     graph = jraph.GraphsTuple(
         nodes={"numbers": packed.numbers},
         edges={"shifts": packed.shifts},
@@ -400,6 +353,7 @@ def to_batch(packed: PackedBatch) -> Batch:
             "total_charge": packed.total_charge,
             "spin_multiplicity": packed.spin_multiplicity,
             "mask": packed.mask,
+            **({"cell": packed.cell} if with_cell else {}),
         },
     )
     return Batch(packed.positions, graph, packed.targets)

@@ -18,6 +18,7 @@ from orbq import inference
 from orbq.data import split_of
 from orbq.errors import InputError
 from orbq.inference import BatchPredictor, budget_of, predict_pool
+from orbq.losses import needed_targets, value_of
 from orbq.models.potential import Prediction
 from orbq.orbitals import MAX_Z, SYMBOLS
 from orbq.preprocess.flat import ragged_rows
@@ -26,7 +27,7 @@ from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.store import Dataset
 from orbq.run import Run
 from orbq.schema import FIELDS
-from orbq.scores import ENERGIES, FORCES, Cost, Evaluation, Values
+from orbq.scores import ENERGIES, FORCES, PER_STRUCTURE, Cost, Evaluation, Values
 from orbq.splits import PARTS
 from orbq.targets import CHARGE_TARGETS, TARGETS
 
@@ -114,9 +115,9 @@ def evaluate(
     """Predict structures of a data set and compare them with their labels.
 
     indices: [n] structures; None for those of ``split`` ("train", "validation", "test" or "all",
-    see ``split_rows``; None for all). targets: labels to compare: "energy", "forces" and targets
-    the run has a head for; None for all that it was trained on and the data has. batch_size:
-    structures a batch on average. progress: called with (done, all structures).
+    see ``split_rows``; None for all). targets: labels to compare: "energy", "forces", "stress" and
+    targets the run has a head for; None for all that it was trained on and the data has.
+    batch_size: structures a batch on average. progress: called with (done, all structures).
 
     Raises InputError for a target that the run does not predict, when no label is left, or when
     every structure holds an element that the run does not know.
@@ -132,9 +133,8 @@ def evaluate(
             f"{', '.join(left_out)}, the run knows {', '.join(SYMBOLS[z] for z in run.elements)}"
         )
     names = _labels(run, dataset, rows[known], targets)
-    heads = tuple(name for name in names if name in TARGETS)
     pool = Pool([Part(dataset, rows[known])], run.potential.architecture.cutoff)
-    predictor = BatchPredictor(run, heads)
+    predictor = BatchPredictor(run, needed_targets(names))
     budget = budget_of(pool, batch_size)
     collected = _Collected(run, pool, names)
     n_edges, n_batches = 0, 0
@@ -170,7 +170,8 @@ def _labels(
     heads = [name for name, _ in run.potential.architecture.heads]
     trained = ["energy"] if weights.energy > 0 else []
     trained += ["forces"] if weights.energy > 0 or weights.forces > 0 else []
-    possible = [*trained, *heads]
+    derived = ["stress"] if trained else []  # of any run with energies, if it is asked for
+    possible = [*trained, *(derived if wanted or weights.stress > 0 else []), *heads]
     for name in wanted or ():
         if name not in possible:
             raise InputError(
@@ -225,6 +226,8 @@ class _Collected:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in ENERGIES:
             return (len(self.rows),)
+        if name in PER_STRUCTURE:
+            return (len(self.rows), int(np.prod(FIELDS[name].shape)))
         return (len(self.atoms), 3 if name in FORCES else TARGETS[name].k)
 
     def put(self, packed: PackedBatch, out: Prediction) -> None:
@@ -232,9 +235,11 @@ class _Collected:
         items, n = packed.index[packed.mask], packed.n_node[packed.mask]
         nodes, m = ragged_rows(self.starts[items], n), len(items)
         for name, target in self.predicted.items():
-            values = np.asarray({"energy": out.energy, "forces": out.forces, **out.charges}[name])
+            values = np.asarray(value_of(name, out))
             if name in ENERGIES:
                 target[items] = values[:m] + self.references[name][items]
+            elif name in PER_STRUCTURE:
+                target[items] = values[:m].reshape(m, -1)
             else:
                 target[nodes] = values[: len(nodes)]
         self.done += m
@@ -254,6 +259,9 @@ class _Collected:
         arrays: Mapping[str, Any] = self.dataset.arrays
         if name in ENERGIES:
             label, mask = np.asarray(arrays[name][self.rows], np.float64), labelled
+        elif name in PER_STRUCTURE:
+            label = np.asarray(arrays[name][self.rows], np.float64).reshape(len(self.rows), -1)
+            mask = np.broadcast_to(labelled[:, None], label.shape)
         else:
             mask = np.repeat(labelled, self.pool.n_nodes)
             if name in FORCES:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbq import orbitals
 from orbq.compiled import Counted, configure_jax
@@ -42,7 +43,7 @@ class Predicted(NamedTuple):
     """Predictions of one structure of n atoms.
 
     energy: total, reference energies included, eV (float64). forces: [n, 3] eV/Å. targets: per
-    asked-for target [n, k] in its unit ("xtb_energy": a float, total).
+    asked-for target [n, k] in its unit ("xtb_energy": a float, total; "stress": [3, 3] eV/Å^3).
     """
 
     energy: float
@@ -53,7 +54,7 @@ class Predicted(NamedTuple):
 class BatchPredictor:
     """A run's compiled program for packed batches.
 
-    targets: what is predicted beside energies and forces, names of the run's heads.
+    targets: what is predicted beside energies and forces, names of the run's heads and "stress".
     """
 
     def __init__(self, run: Run, targets: Sequence[str] = ()) -> None:
@@ -74,7 +75,7 @@ class BatchPredictor:
     def __call__(self, packed: PackedBatch) -> Prediction:
         """The prediction, padding included, without reference energies; JAX arrays that may still
         be on their way."""
-        batch = to_batch(packed)
+        batch = to_batch(packed, with_cell="stress" in self.targets)
         out: Prediction = self._program(self.run.params, batch.positions, batch.graph)
         return out
 
@@ -187,11 +188,18 @@ def _one(run: Run, structure: Structure, out: Prediction, place: int, atoms: sli
             targets[name] = float(values[place]) + reference
         else:
             targets[name] = np.asarray(values[atoms])
+    if out.stress is not None:
+        targets["stress"] = np.asarray(out.stress[place])
     energy = float(out.energy[place]) + run.reference_energy(structure)
     return Predicted(energy, np.asarray(out.forces[atoms]), targets)
 
 
-# --------------------------------------------------------------------------- charges
+# --------------------------------------------------------------------------- in other forms
+
+
+def voigt(stress: np.ndarray) -> np.ndarray:
+    """A stress [3, 3] as ASE keeps it: xx, yy, zz, yz, xz, xy, float64."""
+    return full_3x3_to_voigt_6_stress(np.asarray(stress, np.float64))
 
 
 def atomic_charges(target: str, values: np.ndarray) -> np.ndarray:

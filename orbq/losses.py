@@ -28,8 +28,9 @@ class Batch(NamedTuple):
     """What is differentiated, what is conditioned on, what is fitted.
 
     positions [N, 3] Å. graph: jraph.GraphsTuple as in models.potential. targets: label arrays in
-    eV, eV/Å, e with their masks: "energy" [M] (references subtracted), "forces" [N, 3],
-    "<target>" [N, k], each with "<name>/mask" ([M], [N], [N, k]); 0 where the mask is False.
+    eV, eV/Å, e with their masks: "energy" [M] (references subtracted), "forces" [N, 3], "stress"
+    [M, 3, 3] in eV/Å^3, "<target>" [N, k], each with "<name>/mask" ([M], [N], [M], [N, k]); 0 where
+    the mask is False.
     """
 
     positions: Any
@@ -40,10 +41,10 @@ class Batch(NamedTuple):
 class LossSpec(NamedTuple):
     """Structure of the loss (closed over, not traced).
 
-    terms: names of the terms that are computed. kind: elementwise function of energy and force
-    errors. huber_delta: in units of the scale. energy_per: "structure", or "atom" to divide the
-    energy error by the number of atoms. scales: eV or eV/Å for "energy", "forces", "xtb_energy",
-    "xtb_forces". statistics: normalisation of the per-atom targets.
+    terms: names of the terms that are computed. kind: elementwise function of energy, force and
+    stress errors. huber_delta: in units of the scale. energy_per: "structure", or "atom" to divide
+    the energy error by the number of atoms. scales: eV, eV/Å or eV/Å^3 for "energy", "forces",
+    "stress", "xtb_energy", "xtb_forces". statistics: normalisation of the per-atom targets.
     """
 
     terms: tuple[str, ...]
@@ -91,7 +92,7 @@ def loss_terms(
 
 
 def term_counts(spec: LossSpec, batch: Batch) -> dict[str, Array]:
-    """How many structures (energies) or atoms each term of a batch is the mean over."""
+    """How many structures (energies, stresses) or atoms each term of a batch is the mean over."""
     masks = {name: batch.targets[f"{name}/mask"] for name in spec.terms}
     return {name: (m if m.ndim == 1 else m.any(1)).sum() for name, m in masks.items()}
 
@@ -99,23 +100,34 @@ def term_counts(spec: LossSpec, batch: Batch) -> dict[str, Array]:
 def _term(
     name: str, spec: LossSpec, prediction: Prediction, batch: Batch, count: Array | None
 ) -> Array:
-    elementwise = ELEMENTWISE[spec.kind]
+    elementwise, value = ELEMENTWISE[spec.kind], value_of(name, prediction)
     label, mask = batch.targets[name], batch.targets[f"{name}/mask"]
     if name in ("energy", "xtb_energy"):
-        value = prediction.energy if name == "energy" else prediction.charges[name]
         error = jnp.where(mask, (value - label) / spec.scales[name], 0.0)
         if spec.energy_per == "atom":
             error = error / jnp.maximum(batch.graph.n_node, 1)
         return masked_mean(elementwise(error, spec.huber_delta), mask, count)
-    if name in ("forces", "xtb_forces"):
-        value = prediction.forces if name == "forces" else prediction.charges[name]
-        error = jnp.where(mask[:, None], (value - label) / spec.scales[name], 0.0)
-        return masked_mean(elementwise(error, spec.huber_delta).mean(1), mask, count)
+    if name in ("forces", "xtb_forces", "stress"):
+        error = jnp.where(_spread(mask, label), (value - label) / spec.scales[name], 0.0)
+        components = tuple(range(1, label.ndim))
+        return masked_mean(elementwise(error, spec.huber_delta).mean(components), mask, count)
     scale = jnp.asarray(spec.statistics[name].scale, label.dtype)[batch.graph.nodes["numbers"]]
-    error = jnp.where(mask, (prediction.charges[name] - label) / scale, 0.0)
+    error = jnp.where(mask, (value - label) / scale, 0.0)
     # an atom's slots are averaged first, else atoms with nine orbitals dominate
     per_atom = (error * error).sum(1) / jnp.maximum(mask.sum(1), 1)
     return masked_mean(per_atom, mask.any(1), count)
+
+
+def value_of(name: str, prediction: Prediction) -> Any:
+    """What is predicted of a label, an array of JAX or NumPy as ``prediction`` has them."""
+    own = {"energy": prediction.energy, "forces": prediction.forces, "stress": prediction.stress}
+    found = own.get(name)
+    return prediction.charges[name] if found is None else found
+
+
+def _spread(mask: Array, label: Array) -> Array:
+    """A mask of rows as one that broadcasts over their components."""
+    return mask.reshape(mask.shape + (1,) * (label.ndim - mask.ndim))
 
 
 def total_loss(weights: Mapping[str, Array], terms: Mapping[str, Array]) -> Float[Array, ""]:
@@ -124,7 +136,7 @@ def total_loss(weights: Mapping[str, Array], terms: Mapping[str, Array]) -> Floa
 
 
 def error_sums(names: tuple[str, ...], prediction: Prediction, batch: Batch) -> dict[str, Array]:
-    """Sums of |error|, error^2 and counts [3] per label, in eV, eV/atom, eV/Å and e.
+    """Sums of |error|, error^2 and counts [3] per label, in eV, eV/atom, eV/Å, eV/Å^3 and e.
 
     Keys: each name, and ``energy_per_atom``. Added up over batches and divided by the counts they
     give MAE and RMSE (``metrics.from_sums``).
@@ -132,12 +144,8 @@ def error_sums(names: tuple[str, ...], prediction: Prediction, batch: Batch) -> 
     out = {}
     for name in names:
         label, mask = batch.targets[name], batch.targets[f"{name}/mask"]
-        value = {"energy": prediction.energy, "forces": prediction.forces}.get(name)
-        value = prediction.charges[name] if value is None else value
-        mask = jnp.broadcast_to(
-            mask.reshape(mask.shape + (1,) * (label.ndim - mask.ndim)), label.shape
-        )
-        error = jnp.where(mask, value - label, 0.0)
+        mask = jnp.broadcast_to(_spread(mask, label), label.shape)
+        error = jnp.where(mask, value_of(name, prediction) - label, 0.0)
         out[name] = _sums(error, mask)
         if name == "energy":
             out["energy_per_atom"] = _sums(error / jnp.maximum(batch.graph.n_node, 1), mask)
@@ -149,8 +157,8 @@ def _sums(error: Array, mask: Array) -> Array:
 
 
 def needed_targets(terms: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the loss terms, those a head must predict."""
-    return tuple(t for t in terms if t in TARGETS)
+    """Of the loss terms, those that ``predict`` must be asked for: of a head, and the stress."""
+    return tuple(t for t in terms if t in TARGETS or t == "stress")
 
 
 def scale_of(values: np.ndarray, floor: float) -> float:

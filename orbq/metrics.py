@@ -13,14 +13,25 @@ _DISPLAY = {
     "energy": ("meV", 1e3),
     "energy_per_atom": ("meV/atom", 1e3),
     "forces": ("meV/Å", 1e3),
+    "stress": ("meV/Å^3", 1e3),
     "xtb_energy": ("meV", 1e3),
     "xtb_forces": ("meV/Å", 1e3),
 }
 
 
 def display_unit(name: str) -> tuple[str, float]:
-    """Unit in which an error is shown, and the factor from eV, eV/Å or e."""
+    """Unit in which an error is shown, and the factor from eV, eV/Å, eV/Å^3 or e."""
     return _DISPLAY.get(name, ("e", 1.0))
+
+
+def _spelt(unit: str) -> str:
+    """A unit in the keys of records: ``meV_per_A``."""
+    return unit.replace("/", "_per_").replace("Å^3", "A3").replace("Å", "A")
+
+
+def unit_of(spelt: str) -> str:
+    """The unit that stands so in the keys of records."""
+    return {_spelt(unit): unit for unit, _ in _DISPLAY.values()}.get(spelt, spelt)
 
 
 def add_sums(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -39,7 +50,7 @@ def from_sums(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         if count == 0:
             continue
         unit, factor = display_unit(name)
-        suffix = unit.replace("/", "_per_").replace("Å", "A")
+        suffix = _spelt(unit)
         key = name if not name.endswith("_per_atom") else name.removesuffix("_per_atom")
         out[f"{key}_mae_{suffix}"] = float(absolute / count * factor)
         out[f"{key}_rmse_{suffix}"] = float(np.sqrt(square / count) * factor)

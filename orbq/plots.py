@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from orbq.errors import InputError
-from orbq.metrics import display_unit
+from orbq.metrics import display_unit, unit_of
 from orbq.run import METRICS
+from orbq.schema import FIELDS
 from orbq.scores import ENERGIES, Evaluation
 from orbq.targets import TARGETS
 
@@ -33,6 +34,7 @@ DPI = 150
 TITLES = {
     "energy": "Energy",
     "forces": "Forces",
+    "stress": "Stress",
     "xtb_energy": "xTB energy",
     "xtb_forces": "xTB forces",
     "orbital": "Orbital charges",
@@ -122,8 +124,8 @@ def parity_figure(
 
 
 def parity_values(evaluation: Evaluation, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predictions [n] where there is a label, eV, eV/Å or e; energies without their
-    references."""
+    """Labels and predictions [n] where there is a label, eV, eV/Å, eV/Å^3 or e; energies without
+    their references."""
     values = evaluation.values[name]
     true, predicted = values.label[values.mask], values.predicted[values.mask]
     if name in ENERGIES:
@@ -145,7 +147,7 @@ def parity_panel(
 ) -> None:
     """Predicted against true values of a label; limits: of both axes, None for its own range."""
     true, predicted = parity_values(evaluation, name)
-    unit = TARGETS[name].unit if name in TARGETS else {"energy": "eV", "forces": "eV/Å"}[name]
+    unit = TARGETS[name].unit if name in TARGETS else FIELDS[name].unit
     what = "relative to references, " if name in ENERGIES else ""
     low, high = limits or parity_range([evaluation], name)
     if len(true) > DENSE:
@@ -250,7 +252,7 @@ def _is_error(key: str) -> bool:
 def _described(key: str) -> tuple[str, str]:
     """Title and unit of a key of metrics.jsonl as ``validation/forces_mae_meV_per_A``."""
     name, unit = key.removeprefix("validation/").split("_mae_")
-    return TITLES.get(name, name), unit.replace("_per_A", "/Å").replace("_per_", "/")
+    return TITLES.get(name, name), unit_of(unit)
 
 
 def _curve(

@@ -37,6 +37,7 @@ from orbq.run import (
     save_description,
     stored_config,
 )
+from orbq.schema import FIELDS
 from orbq.stages import Stage
 
 NONFINITE = "nonfinite.jsonl"
@@ -170,7 +171,7 @@ def facts_of(
         "n_parameters": n_parameters(template),
         "budget": data.budget._asdict(),
         "fill": {k: round(v, 4) for k, v in packer.fill(0)._asdict().items()},
-        "scales": {n: [s, "eV/Å" if "forces" in n else "eV"] for n, s in scales},
+        "scales": {n: [s, FIELDS[n].unit] for n, s in scales},
         "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         **({"initial": dict(data.initial.facts)} if data.initial else {}),
         **({"probe": _of_probe(data.initial.probe)} if data.initial and data.initial.probe else {}),

@@ -22,7 +22,7 @@ from orbq.plots import (
     save,
 )
 from orbq.run import RUN_FILE, Run
-from orbq.scores import ENERGIES, Evaluation
+from orbq.scores import ENERGIES, PER_STRUCTURE, Evaluation
 
 COLUMNS = 3  # panels in a row
 
@@ -118,10 +118,10 @@ def parity_comparison(
 
 def parity_csv(evaluations: Mapping[str, Evaluation], name: str, path: str | Path) -> Path:
     """What ``parity_comparison`` draws: one line per value, total energies in eV with their
-    references, forces in eV/Å, charges in e.
+    references, forces in eV/Å, stresses in eV/Å^3, charges in e.
 
-    structure: place in the data set. element: of the atom, "" for energies. component: column of
-    the label.
+    structure: place in the data set. element: of the atom, "" for energies and stresses. component:
+    column of the label.
     """
 
     def rows() -> Iterable[list[Any]]:
@@ -135,10 +135,11 @@ def parity_csv(evaluations: Mapping[str, Evaluation], name: str, path: str | Pat
                 for i in places:
                     yield [run, e.rows[i], "", "", *(f"{column[i]:.6f}" for column in columns)]
                 continue
-            structure = np.repeat(e.rows, e.n_node)
+            per_atom = name not in PER_STRUCTURE
+            structure = np.repeat(e.rows, e.n_node) if per_atom else e.rows
             for i, k in np.argwhere(values.mask):
                 numbers = (values.label[i, k], values.predicted[i, k])
-                place = [run, structure[i], SYMBOLS[e.numbers[i]], k]
+                place = [run, structure[i], SYMBOLS[e.numbers[i]] if per_atom else "", k]
                 yield [*place, *(f"{x:.6f}" for x in numbers), ""]
 
     header = "run structure element component label predicted reference".split()

@@ -15,12 +15,14 @@ from orbq.orbitals import SYMBOLS
 
 ENERGIES = ("energy", "xtb_energy")
 FORCES = ("forces", "xtb_forces")
+PER_STRUCTURE = (*ENERGIES, "stress")
 
 
 class Values(NamedTuple):
     """One label of every structure or atom: what was predicted, what is true.
 
-    predicted, label: [S] (energies, total), [A, 3] (forces) or [A, k], float64, in eV, eV/Å, e.
+    predicted, label: [S] (energies, total), [S, 9] (stresses, row by row), [A, 3] (forces) or
+    [A, k], float64, in eV, eV/Å^3, eV/Å, e.
     mask: the same shape, bool; the label is 0 where False. source: target it was computed from, ""
     if it was predicted as such.
     """
@@ -69,7 +71,7 @@ class Evaluation(NamedTuple):
         return from_sums({name: self._sums(name) for name in names})
 
     def mae(self, name: str) -> float:
-        """Mean absolute error of a label, or of "energy_per_atom": eV, eV/atom, eV/Å or e.
+        """Mean absolute error of a label, or of "energy_per_atom": eV, eV/atom, eV/Å, eV/Å^3 or e.
 
         NaN without labels. Raises KeyError for a label that was not evaluated.
         """
@@ -116,7 +118,7 @@ class Evaluation(NamedTuple):
     @property
     def per_atom(self) -> tuple[str, ...]:
         """The labels that ``by_element`` takes."""
-        return tuple(name for name in self.values if name not in ENERGIES)
+        return tuple(name for name in self.values if name not in PER_STRUCTURE)
 
 
 def _force_errors(

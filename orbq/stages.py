@@ -14,6 +14,7 @@ from orbq.data import TrainingData
 from orbq.errors import InputError
 from orbq.models.potential import make_potential, smallest_graph
 from orbq.preprocess.pool import Pool
+from orbq.targets import MAIN_TERMS
 from orbq.train import Hyper, is_frozen
 
 
@@ -37,7 +38,7 @@ def make_stages(config: Config, data: TrainingData) -> list[Stage]:
     training = config.training
     train, teaching = data.pools["train"], data.pools.get("teaching", data.pools["train"])
     stages = []
-    auxiliary = tuple(n for n in data.spec.terms if n not in ("energy", "forces"))
+    auxiliary = tuple(n for n in data.spec.terms if n not in MAIN_TERMS)
     if training.pretrain_steps:
         hyper = _hyper(config, training.pretrain_steps, training.pretrain_learning_rate)
         n = len(teaching)

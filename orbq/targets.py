@@ -19,6 +19,7 @@ import numpy as np
 
 from orbq import orbitals as orb
 
+MAIN_TERMS = ("energy", "forces", "stress")  # of the reference method; all others are auxiliary
 SCALE_FLOOR = 0.02  # e; below it a column is noise of the SCF and the geometry, not chemistry
 
 Arrays = Mapping[str, np.ndarray]

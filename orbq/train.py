@@ -29,9 +29,9 @@ from orbq.losses import (
     total_loss,
 )
 from orbq.models.potential import Params, Potential, predict
+from orbq.targets import MAIN_TERMS
 
 DEVICES = "devices"  # the mesh axis over which the batches of an update are spread
-MAIN_TERMS = ("energy", "forces")  # of the reference method; all others are auxiliary
 
 
 class Hyper(NamedTuple):
@@ -40,7 +40,7 @@ class Hyper(NamedTuple):
     weights: loss term -> weight. learning_rate: peak. warmup_steps, n_steps: linear warm-up, then
     cosine to final_fraction * learning_rate. clip_norm: of the gradient. ema_decay: of the averaged
     parameters. weight_decay: decoupled, per step and unit learning rate. auxiliary_final: share of
-    their weights that the auxiliary terms (not energy and forces) have left at the last step.
+    their weights that the auxiliary terms (not those of MAIN_TERMS) have left at the last step.
     """
 
     weights: dict[str, Array]
@@ -210,8 +210,8 @@ def make_gradient_report(
 ) -> Callable[[Params, Batch, dict[str, Array]], dict[str, Array]]:
     """``(params, batch, weights) -> norms`` of each weighted term's gradient, and their conflict.
 
-    Keys: ``gradient/<term>``, and ``gradient/cosine`` between the gradient of energy and forces and
-    that of all other terms, if there are both: below 0 the tasks pull apart.
+    Keys: ``gradient/<term>``, and ``gradient/cosine`` between the gradient of energy, forces and
+    stress and that of all other terms, if there are both: below 0 the tasks pull apart.
     """
     loss_fn = _make_loss(potential, spec)
 

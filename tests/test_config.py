@@ -22,7 +22,7 @@ from orbq.config import (
 from orbq.config_text import keys_of
 from orbq.errors import InputError
 from orbq.schema import FIELDS
-from orbq.targets import TARGETS
+from orbq.targets import MAIN_TERMS, TARGETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -162,7 +162,7 @@ def test_committed_configs_are_valid_and_open_with_their_command(path: Path) -> 
 
 
 def test_weights_are_the_targets() -> None:
-    assert set(LossWeights.model_fields) == {"energy", "forces", *TARGETS}
+    assert set(LossWeights.model_fields) == {*MAIN_TERMS, *TARGETS}
 
 
 def test_whole_numbers_stand_for_real_ones() -> None:

@@ -14,7 +14,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from orbq.errors import InputError
-from orbq.preprocess.frames import find_sources
+from orbq.preprocess.frames import Source, find_sources
 from orbq.preprocess.read import FIRST_FOUND, Failure, Keys, Reader, read_structures
 from orbq.schema import Structure
 
@@ -110,6 +110,34 @@ def test_formats_of_ase_carry_energy_forces_and_stress(tmp_path, suffix):
     np.testing.assert_allclose(s.forces, forces, atol=1e-7)  # extxyz prints eight decimals
     xx, yy, zz, yz, xz, xy = stress
     np.testing.assert_allclose(s.stress, [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], atol=1e-7)
+
+
+def test_the_virial_of_a_crystal_is_minus_its_stress_times_the_volume(tmp_path):
+    """As GAP, MACE and GPUMD write it; that of a molecule, or of every atom, is left."""
+    atoms = bulk("Cu", cubic=True)
+    stress = np.random.default_rng(0).normal(size=(3, 3))
+    atoms.info["virial"] = -stress * atoms.get_volume()
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    reader = Reader(find_sources([tmp_path / "a.extxyz"]))
+    (found,) = reader
+    np.testing.assert_allclose(found.stress, stress, rtol=1e-7)
+    assert list(reader.names_used["stress"]) == ["virial (divided by minus the volume)"]
+    atoms.info["stress"] = np.eye(3)
+    ase.io.write(tmp_path / "b.extxyz", atoms)
+    np.testing.assert_array_equal(one(tmp_path / "b.extxyz").stress, np.eye(3))
+    (tmp_path / "c.extxyz").write_text(water('virial="1 0 0 0 1 0 0 0 1"'))
+    assert one(tmp_path / "c.extxyz").stress is None
+    del atoms.info["stress"], atoms.info["virial"]
+    atoms.arrays["virials"] = np.ones((4, 9))
+    assert next(read_atoms(atoms)).stress is None
+    demanded = Reader(find_sources([tmp_path / "c.extxyz"]), Keys(stress="virial"))
+    with pytest.raises(InputError, match="stress key 'virial' is a virial: it needs a lattice"):
+        list(demanded)
+
+
+def read_atoms(*atoms: Atoms):
+    """Structures that are in memory already."""
+    return iter(Reader([Source("atoms", Path(), "")], atoms=atoms))
 
 
 def test_database_values_and_plain_xyz(tmp_path):

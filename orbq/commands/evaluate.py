@@ -172,4 +172,5 @@ def _by_element(found: Evaluation) -> Table:
 
 
 def _number(value: float, unit: str) -> str:
-    return "-" if value != value else f"{value:.{4 if unit == 'e' else 1}f}"
+    digits = {"e": 4, "meV/Å^3": 2}.get(unit, 1)
+    return "-" if value != value else f"{value:.{digits}f}"

@@ -40,6 +40,10 @@ def predict(
             help="Also atomic charges and, where the run has them, orbital and shell charges.",
         ),
     ] = False,
+    stress: Annotated[
+        bool,
+        typer.Option("--stress", help="Also the stress of structures with a lattice."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch, on average.")] = 16,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing --out.")
@@ -48,6 +52,7 @@ def predict(
     """Predict energies (eV) and forces (eV/Å) of every structure, in the order of the input.
 
     The structures are written with all they came with; energy and forces are those predicted.
+    With --stress: stress [eV/Å^3] of structures that are periodic in three directions.
     With --charges: charges [e], and per atom orbital_charges (s, s', p x y z, d in e3nn's order)
     and shell_charges (s, s', p, d). Total charge and spin multiplicity are read from the input
     (charge, spin_multiplicity; default: neutral, lowest spin). A structure that cannot be
@@ -79,7 +84,7 @@ def predict(
     refused: list[Refused] = []
     with closing(writer), _bar() as bar:
         task = bar.add_task("", total=None, state="compiling")
-        for item in annotate(loaded, sources, charges, batch_size):
+        for item in annotate(loaded, sources, charges, batch_size, stress):
             if isinstance(item, Refused):
                 refused.append(item)
             else:

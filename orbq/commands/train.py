@@ -121,7 +121,8 @@ class Display:
     def started(self, facts: dict[str, Any]) -> None:
         """Structures, labels, size of the network and of the batches."""
         table = Table.grid(padding=(0, 2))
-        labels = {k: v for k, v in facts["labels"].items() if k in SHOWN_LABELS}
+        shown = {*SHOWN_LABELS, *facts.get("scales", {})}
+        labels = {k: v for k, v in facts["labels"].items() if k in shown}
         budget, fill = facts["budget"], facts["fill"]
         rows = {
             "run": facts["directory"],
@@ -196,12 +197,14 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def _errors(record: dict[str, Any]) -> str:
+    from orbq.metrics import unit_of
+
     shown = []
     for key, value in record.items():
         if key.startswith("validation/") and "_mae_" in key:
             name, unit = key.removeprefix("validation/").split("_mae_")
-            unit = unit.replace("_per_", "/").replace("meV/A", "meV/Å")
-            digits = ".4f" if unit == "e" else ".1f"
+            unit = unit_of(unit)
+            digits = {"e": ".4f", "meV/Å^3": ".2f"}.get(unit, ".1f")
             shown.append(f"{name} {value:{digits}} {unit}")
     best = "  best" if record.get("best") else ""
     return "MAE " + ", ".join(shown) + best

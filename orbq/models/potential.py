@@ -5,7 +5,8 @@
 
 ``graph`` is a ``jraph.GraphsTuple``: nodes ``{"numbers": [N] int32}`` (padding 0), edges
 ``{"shifts": [E, 3]}`` with r = x[receiver] - x[sender] + shift (padding edges are longer than the
-cutoff), globals ``{"total_charge", "spin_multiplicity", "mask"}`` [M]. Labels have no path in.
+cutoff), globals ``{"total_charge", "spin_multiplicity", "mask"}`` [M], and for stresses ``"cell"``
+[M, 3, 3], lattice vectors in rows. Labels have no path in.
 Charge heads are computed only for the targets asked for: asking for none never reads them.
 """
 
@@ -26,6 +27,7 @@ from orbq import config
 from orbq.models.heads import SMALL, Segments, TargetHead
 from orbq.models.initial import dense, draw
 from orbq.models.layers import Settings
+from orbq.models.strain import no_strain, strained, stress_of
 from orbq.orbitals import GFN1
 from orbq.targets import TARGETS, Statistics
 
@@ -90,11 +92,13 @@ class Potential(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """energy [M] eV, forces [N, 3] eV/Å, charges {target: [N, k]}; xtb_* if they have a head."""
+    """energy [M] eV, forces [N, 3] eV/Å, charges {target: [N, k]}; xtb_* if they have a head.
+    stress [M, 3, 3] eV/Å^3 if it was asked for, 0 where there is no cell."""
 
     energy: Array
     forces: Array
     charges: dict[str, Array]
+    stress: Array | None = None
 
 
 class EnergyReadout(nn.Module):
@@ -296,22 +300,26 @@ def predict(
 ) -> Prediction:
     """Energies, forces and the asked-for targets; one forward pass, one backward pass per energy.
 
-    ``targets`` may name ``xtb_energy`` and ``xtb_forces``, read from the second energy readout.
+    ``targets`` may name ``xtb_energy`` and ``xtb_forces``, read from the second energy readout, and
+    ``stress``, for which the graph's globals must have ``cell``.
     """
-    heads = tuple(sorted({"xtb_energy" if t.startswith("xtb_") else t for t in targets}))
+    wanted = [t for t in targets if t != "stress"]
+    heads = tuple(sorted({"xtb_energy" if t.startswith("xtb_") else t for t in wanted}))
 
-    def energies(x: Array) -> Any:
-        energy, out = potential.apply(params, x, graph, heads)
+    def energies(x: Array, strain: Array | None) -> Any:
+        energy, out = potential.apply(params, *strained(x, graph, strain), heads)
         second = out.get("xtb_energy", jnp.zeros((), energy.dtype))
         return (energy.sum(), second.sum()), (energy, out)
 
-    (_, second), pullback, (energy, out) = jax.vjp(energies, positions, has_aux=True)
+    strain = no_strain(graph, positions.dtype) if "stress" in targets else None
+    (_, second), pullback, (energy, out) = jax.vjp(energies, positions, strain, has_aux=True)
     one, zero = jnp.ones((), energy.dtype), jnp.zeros((), energy.dtype)
-    (gradient,) = pullback((one, jnp.zeros_like(second)))
+    gradient, along_strain = pullback((one, jnp.zeros_like(second)))
     charges = {name: out[name] for name in heads}
     if "xtb_forces" in targets:
         charges["xtb_forces"] = -pullback((zero, one.astype(second.dtype)))[0]
-    return Prediction(energy, -gradient, {t: charges[t] for t in targets})
+    stress = None if strain is None else stress_of(along_strain, graph.globals["cell"])
+    return Prediction(energy, -gradient, {t: charges[t] for t in wanted}, stress)
 
 
 def smallest_graph(dtype: Any) -> tuple[Array, jraph.GraphsTuple]:

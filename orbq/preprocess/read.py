@@ -20,6 +20,7 @@ from orbq.preprocess import tmqm
 from orbq.preprocess.frames import Source, find_sources, read_frames
 from orbq.schema import Structure
 
+VIRIALS = ("REF_virial", "REF_virials", "dft_virial", "dft_virials", "virial", "virials")
 DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
     "energy": (
         *("REF_energy", "ref_energy", "dft_energy", "DFT_energy", "energy_dft", "TotEnergy"),
@@ -29,7 +30,7 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
         *("REF_forces", "ref_forces", "dft_forces", "DFT_forces", "forces_dft", "force", "forces"),
         *("Forces",),
     ),
-    "stress": ("REF_stress", "ref_stress", "dft_stress", "stress"),
+    "stress": ("REF_stress", "ref_stress", "dft_stress", "stress", *VIRIALS),
     "charge": ("total_charge", "charge", "net_charge", "molecular_charge"),
     "spin": ("spin_multiplicity", "multiplicity", "spin"),
     "dft_charges": (
@@ -59,6 +60,7 @@ FIRST_FOUND = Keys()
 MAX_INTEGER = 1_000_000  # of a charge or a multiplicity
 REJECTED, UNLABELLED = "rejected", "labels missing"
 HARTREE_NOTE = " (Hartree, converted)"
+VIRIAL_NOTE = " (divided by minus the volume)"
 
 
 class Failure(NamedTuple):
@@ -110,6 +112,9 @@ class Reader:
         try:
             values, converted = tmqm.translated(named_values(atoms), tables, results_of(atoms))
             self._names_seen |= values.keys()
+            values = _without_virials(values, atoms)
+            if self.keys.stress in VIRIALS and self.keys.stress not in values:
+                self._refused["stress"] = "is a virial: it needs a lattice, and six or nine values"
             found = {field: self._find(field, values, converted) for field in DEFAULT_NAMES}
             return _build(atoms, found, source)
         except InputError:
@@ -128,7 +133,8 @@ class Reader:
                     self._refused[field] = reason
                     raise ValueError(f"the {field} key {name!r} {reason}")
                 continue
-            self.names_used[field][name + (HARTREE_NOTE if name in converted else "")] += 1
+            note = VIRIAL_NOTE if name in VIRIALS else HARTREE_NOTE if name in converted else ""
+            self.names_used[field][name + note] += 1
             return value
         return None
 
@@ -138,7 +144,7 @@ class Reader:
                 option = f"--{field.replace('_', '-')}-key"
                 present = ", ".join(sorted(self._names_seen)) or "none"
                 files = ", ".join(s.name for s in self.sources[:5])
-                if field in self._refused:
+                if field in self._refused and name in self._names_seen:
                     reason = f"{self._refused[field]}, in every structure: name another as {option}"
                     raise InputError(f"{files}: the {field} key {name!r} {reason}")
                 raise InputError(
@@ -196,6 +202,7 @@ def _build(atoms: Any, found: Mapping[str, Any], source: tuple[int, int]) -> Str
     periodic = bool(atoms.pbc.any())
     charge = _integer("charge", found["charge"], 0)
     lowest = 1 + int(numbers.sum() - charge) % 2
+    charges = found["dft_charges"]
     return Structure(
         numbers=numbers,
         positions=np.array(atoms.positions, np.float64),
@@ -204,9 +211,9 @@ def _build(atoms: Any, found: Mapping[str, Any], source: tuple[int, int]) -> Str
         total_charge=charge,
         spin_multiplicity=_integer("spin multiplicity", found["spin"], lowest),
         energy=_energy(found["energy"]),
-        forces=_array("forces", found["forces"]),
-        stress=_stress(found["stress"]),
-        dft_charges=_array("dft_charges", found["dft_charges"]),
+        forces=None if found["forces"] is None else _array("forces", found["forces"]),
+        stress=None if found["stress"] is None else _matrix("stress", found["stress"]),
+        dft_charges=None if charges is None else _array("dft_charges", charges),
         group="" if found["group"] is None else _text(found["group"]),
         source=source,
     )
@@ -234,9 +241,7 @@ def _float(name: str, value: Any) -> float:
         raise ValueError(f"{name} is {reprlib.repr(value)}: it must be one number") from error
 
 
-def _array(name: str, value: Any) -> np.ndarray | None:
-    if value is None:
-        return None
+def _array(name: str, value: Any) -> np.ndarray:
     try:
         return np.array(value, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -248,12 +253,23 @@ def _text(value: Any) -> str:
     return str(value).encode(errors="replace").decode()
 
 
-def _stress(value: Any) -> np.ndarray | None:
-    stress = _array("stress", value)
-    if stress is None or stress.shape == (3, 3):
-        return stress
-    if stress.shape == (9,):
-        return stress.reshape(3, 3)
-    if stress.shape == (6,):  # Voigt order xx, yy, zz, yz, xz, xy, as ASE keeps it
-        return stress[np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])]
-    raise ValueError(f"stress has shape {stress.shape}: it must be (3, 3), (9,) or (6,)")
+def _without_virials(values: dict[str, Any], atoms: Any) -> dict[str, Any]:
+    """The values with stresses, eV/Å^3, in place of the virials of a crystal, eV, which are minus
+    the stress times the volume; those of molecules, or of each atom, mean nothing here."""
+    given = {name: values[name] for name in VIRIALS if np.size(values.get(name, 0)) in (6, 9)}
+    rest = {name: value for name, value in values.items() if name not in VIRIALS}
+    volume = abs(float(np.linalg.det(atoms.cell.array)))
+    if not atoms.pbc.any() or volume == 0:
+        return rest
+    return rest | {name: -_matrix("virial", value) / volume for name, value in given.items()}
+
+
+def _matrix(name: str, value: Any) -> np.ndarray:
+    found = _array(name, value)
+    if found.shape == (3, 3):
+        return found
+    if found.shape == (9,):
+        return found.reshape(3, 3)
+    if found.shape == (6,):  # xx, yy, zz, yz, xz, xy, as ASE keeps it
+        return found[np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])]
+    raise ValueError(f"{name} has shape {found.shape}: it must be (3, 3), (9,) or (6,)")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from orbq.config import Ablation, Config, LossWeights
 from orbq.errors import InputError
-from orbq.targets import TARGETS
+from orbq.targets import MAIN_TERMS, TARGETS
 
 BASELINE = "energy-only"
 
@@ -106,7 +106,7 @@ def _program(
 def _config(config: Config, arm: str | None, first: RunSpec) -> Config:
     """The configuration of a program, with heads for its arm and no other."""
     base, parts = config.loss.weights, arm.split("+") if arm else []
-    weights = {"energy": base.energy, "forces": base.forces}
+    weights = {name: getattr(base, name) for name in MAIN_TERMS}
     weights |= {part: getattr(base, part) for part in parts[1:]}
     weights |= {part: first.weight or 1.0 for part in parts[:1]}
     data: dict[str, Any] = {"n_train": first.n_train, "subset_seed": first.subset_seed}
@@ -163,5 +163,7 @@ def fingerprint(config: Config) -> str:
     left_out: Any = {"run": True, "training": unused}
     if config.model.radial_damping == 0:
         left_out["model"] = {"radial_damping"}
+    if config.loss.weights.stress == 0:
+        left_out["loss"] = {"weights": {"stress"}}
     document = config.model_dump_json(exclude=left_out)
     return hashlib.sha256(document.encode()).hexdigest()[:16]

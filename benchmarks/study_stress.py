@@ -1,0 +1,116 @@
+"""What a weight on stresses brings and costs: alloys with EMT in place of DFT.
+
+    python benchmarks/study_stress.py --work DIRECTORY [--seeds 0 1 2]
+    python benchmarks/study_stress.py --report
+
+400 cubic cells of four atoms of Ni, Cu, Pd, Ag, Pt and Au at random, strained by up to 5 % and
+rattled by 0.08 Å, with the energies, forces and stresses of ASE's effective-medium potential. The
+same network for each weight of the stress beside 1 and 1 of energies and forces; a seed is that of
+the split, of the parameters and of the order. Test MAE and CPU seconds a step; writes
+results/stress.jsonl, and what is recorded is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from study import record, trained
+
+from orbq.evaluate import evaluate
+from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.store import Dataset
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "stress.jsonl"
+BASE = HERE.parent / "configs" / "base.toml"
+ELEMENTS = ("Ni", "Cu", "Pd", "Ag", "Pt", "Au")
+WEIGHTS = (0.0, 0.1, 1.0, 10.0)
+N_CELLS, STRAIN, RATTLE, N_STEPS = 400, 0.05, 0.08, 3000
+
+
+def cells(n: int = N_CELLS) -> list[Atoms]:
+    """The strained and rattled cells with their labels."""
+    rng, out = np.random.default_rng(0), []
+    for _ in range(n):
+        atoms = bulk("Cu", cubic=True, a=rng.uniform(3.7, 4.0))
+        atoms.symbols = rng.choice(ELEMENTS, size=4)
+        strain = rng.uniform(-STRAIN, STRAIN, size=(3, 3))
+        deform = np.eye(3) + (strain + strain.T) / 2
+        atoms.set_cell(atoms.cell.array @ deform, scale_atoms=True)
+        atoms.rattle(RATTLE, rng=rng)
+        atoms.calc = EMT()
+        atoms.get_stress()
+        out.append(atoms)
+    return out
+
+
+def measure(work: Path, weight: float, seed: int) -> None:
+    """Train one run, and record its errors."""
+    overrides = (
+        f"data.dataset='{work / 'alloys'}'",
+        "data.split='within'",
+        f"data.split_seed={seed}",
+        f"training.seed={seed}",
+        f"training.n_steps={N_STEPS}",
+        "training.learning_rate=5e-3",
+        "model.n_channels=16",
+        "model.cutoff=4.5",
+        f"loss.weights.stress={weight}",
+    )
+    started = time.process_time()
+    run = trained(BASE, overrides, {}, work / f"stress-{weight:g}-{seed}")
+    seconds = time.process_time() - started
+    dataset = Dataset.open(work / "alloys")
+
+    found = evaluate(run, dataset, targets=["energy", "forces", "stress"], split="test")
+    errors = {k: round(v, 4) for k, v in found.errors().items() if "_mae_" in k}
+    told = {"weight": weight, "seed": seed}
+    record(RESULTS, told, {"test": errors, "cpu_ms_per_step": round(1e3 * seconds / N_STEPS, 2)})
+
+
+def recorded() -> list[dict]:
+    """What has been measured."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def report() -> None:
+    """Means over the seeds."""
+    for weight in WEIGHTS:
+        found = [r for r in recorded() if r["weight"] == weight]
+        if found:
+            means = {k: np.mean([r["test"][k] for r in found]) for k in found[0]["test"]}
+            told = ", ".join(f"{k} {v:.2f}" for k, v in means.items())
+            cost = np.median([r["cpu_ms_per_step"] for r in found])
+            print(f"weight {weight:g}, {len(found)} runs: {told}; {cost:.1f} ms a step")
+
+
+def main() -> None:
+    """Train what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, help="directory of data and runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true", help="tell what is recorded")
+    given = parser.parse_args()
+    if given.report:
+        return report()
+    if given.work is None:
+        parser.error("--work: a directory for data and runs is needed to train")
+    preprocess(cells(), given.work / "alloys", resources=Resources(workers=1))
+    done = {(r["weight"], r["seed"]) for r in recorded()}
+    for seed in given.seeds:
+        for weight in WEIGHTS:
+            if (weight, seed) not in done:
+                measure(given.work, weight, seed)
+    return None
+
+
+if __name__ == "__main__":
+    main()
