@@ -251,8 +251,10 @@ def difference(
     first: Statistic, second: Statistic, n_permutations: int = N_PERMUTATIONS, seed: int = 0
 ) -> tuple[float, float]:
     """How much more the second clusters, and the two-sided p-value of exchanging the two networks
-    element by element."""
+    element by element; NaN where there is no statistic."""
     each = second.each - first.each
+    if np.isnan(each).any():
+        return np.nan, np.nan
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(each)))
     others = np.abs((signs * each).mean(1))
     reached = np.sum(others >= abs(each.mean()) - 1e-12)

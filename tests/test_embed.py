@@ -79,6 +79,8 @@ def test_difference_of_two_networks() -> None:
     more, p = embed.difference(first, second)
     assert more == pytest.approx(second.value - first.value) and more > 0.5 and p < 0.01
     assert embed.difference(first, first) == (0.0, 1.0)
+    one = embed.clustering(apart, np.arange(20), 19)["silhouette"]
+    assert np.isnan(embed.difference(one, one)).all()  # of no statistic, no p-value either
 
 
 # --------------------------------------------------------------------------- features
@@ -166,6 +168,18 @@ def test_two_networks_side_by_side(
         shown = json.load(handle)
     assert len(shown["environments"]) == len(shown["properties"]["element"]["values"])
     assert {"one PCA 1", "two PCA 2", "group"} <= set(shown["properties"])
+
+
+def test_where_there_is_no_statistic_none_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = "Sc,Ti,V,Cr,Mn,Fe,Co,Ni,Cu,Zn"
+    arguments = (place / "one", place / "two", place / "data", "--elements", row)
+    assert call(*arguments, "--out", tmp_path, "--no-chemiscope", "--permutations", 19) == 0
+    out = capsys.readouterr().out
+    assert "no statistic by group, row" in out and "…" not in out
+    with (tmp_path / "clustering.csv").open(encoding="utf-8") as handle:
+        assert {r["difference_p"] for r in csv.DictReader(handle)} == {"", "nan"}
 
 
 def test_what_is_missing_is_said(

@@ -68,7 +68,7 @@ def embed(
     Examples:
       orbq embed runs/multitask tmc
       orbq embed runs/energy-only runs/multitask datasets/mine --out latent
-      orbq embed runs/multitask tmc --elements Sc,Ti,V,Cr,Mn,Fe,Co,Ni,Cu,Zn
+      orbq embed runs/multitask tmc --elements Ti,Zr,Hf,V,Nb,Ta,Cr,Mo,W,Mn,Tc,Re
     """
     from orbq.datasets import open_dataset
     from orbq.elements import METALS
@@ -177,8 +177,11 @@ def _space(
 
 def _show(spaces: dict[str, Space], permutations: int, console: Console) -> None:
     """The statistics as a table, and what they can and cannot say."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "species", "by", "statistic"):
+    import numpy as np
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")  # the names give way, not the numbers
+    for column in ("species", "by", "statistic"):
         table.add_column(column, no_wrap=True)
     several = len(spaces) > 1
     for column in ["value", "chance", "p", "untrained"] + ["difference", "p"] * several:
@@ -196,6 +199,18 @@ def _show(spaces: dict[str, Space], permutations: int, console: Console) -> None
         "reach the value.\nuntrained: the same network before training, which tells elements apart "
         "by the surroundings\nthey have in these data alone: only what exceeds it was learnt."
     )
+    undefined = dict.fromkeys(
+        label
+        for space in spaces.values()
+        for (label, _), (own, _) in space.statistics.items()
+        if np.isnan(own.value)
+    )
+    if undefined:
+        text = (
+            f"no statistic by {', '.join(undefined)}: all these elements have one, or each has its "
+            "own; name others with --elements"
+        )
+        console.print(Text(text, "yellow"))
     if several:
         first = next(iter(spaces))
         console.print(
