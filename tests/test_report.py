@@ -191,6 +191,13 @@ def test_pictures_have_units_and_every_arm(records: list[dict[str, Any]]) -> Non
     assert [line.get_ydata()[0] for line in arrows] == [2.0, 1.0]
 
 
+def test_the_legend_of_gains_shows_an_arm_and_no_arrow(records: list[dict[str, Any]]) -> None:
+    rows = rows_of([r for r in records if r["n_train"] > 100])  # every factor is beyond the curve
+    figure = gain_figure(rows, _styles([row.arm for row in rows]))
+    (handle,) = figure.legends[0].legend_handles
+    assert handle.get_marker() == "s" and handle.get_markerfacecolor() != "none"
+
+
 # --------------------------------------------------------------------------- command
 
 

@@ -235,17 +235,16 @@ def _intervals(
     axis: Axes, n: Sequence[float], estimates: Sequence[Estimate], arm: str, style: Style
 ) -> None:
     """Values with their intervals; what lies beyond an estimate's limits is an arrow there."""
-    for i, (x, e) in enumerate(zip(n, estimates, strict=True)):
+    if estimates:  # for the legend, whatever the first value is drawn as
+        axis.plot([], [], style.marker, color=style.colour, ms=6, label=arm)
+    for x, e in zip(n, estimates, strict=True):
         value, low, high = (_inside(v, e) for v in (e.value, e.low, e.high))
-        label = arm if i == 0 else None
         if np.isfinite(low):
             axis.plot([x, x], [low, high], color=style.colour, linewidth=1.4)
         beyond = 1 if np.isinf(e.value) else -1 if e.limit[0] and e.value == 0.0 else 0
         marker = {1: "^", -1: "v", 0: style.marker}[beyond]
         fill = "none" if beyond else style.colour
-        axis.plot(
-            x, value, marker, color=style.colour, mfc=fill, ms=8 if beyond else 6, label=label
-        )
+        axis.plot(x, value, marker, color=style.colour, mfc=fill, ms=8 if beyond else 6)
         for end, bound in (("^", e.high), ("v", e.low)):
             if not beyond and bound in (0.0, np.inf) and e.limit[0]:
                 axis.plot(x, _inside(bound, e), end, color=style.colour, ms=6, mfc="none")
