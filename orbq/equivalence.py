@@ -7,7 +7,9 @@ other arm at N' structures, the data-equivalence factor at N is N'/N.
 
 Intervals are percentiles over resampled replicates: anew at every size, jointly for both arms (a
 replicate has the same subset and initial parameters in both), the options chosen anew each time. Of
-fewer than five replicates such an interval is hardly more than their range.
+few replicates they are too narrow: where an arm brings nothing, zero lies outside of the interval
+in 50, 30, 21, 15 and 10 % of ablations of 2, 3, 4, 5 and 10 replicates, and not in 5 %. Of fewer
+than FEW such an interval is hardly more than their range.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
+FEW = 5
 
 
 class Arm(NamedTuple):

@@ -171,6 +171,13 @@ def test_the_page_stands_alone_and_says_what_was_found(
     assert float(line["reduction_low"]) == pytest.approx(0.3)
 
 
+def test_an_interval_of_few_seeds_is_told_as_what_it_is(records: list[dict[str, Any]]) -> None:
+    few = rows_of([r for r in records if r["seed"] < 3])
+    said = finding([row for row in few if row.arm == "onsite"])
+    assert "excludes zero, which is hardly more than the range of 3 seeds: by chance" in said
+    assert "25% of ablations or more; data-equivalence factor" in said
+
+
 def test_pictures_have_units_and_every_arm(records: list[dict[str, Any]]) -> None:
     rows, options = rows_of(records), options_of(records)
     styles = _styles([row.arm for row in rows])
