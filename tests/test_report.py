@@ -216,8 +216,10 @@ def test_report_alone_trains_nothing(
     command = ["ablate", str(tmp_path / "c.toml"), f"run.directory={tmp_path / 'run'}", "--report"]
     with pytest.raises(SystemExit) as ended:
         main(command)
-    out = capsys.readouterr().out.replace("\n", "")
+    out = capsys.readouterr().out
     assert ended.value.code == 0, out
+    header = out.splitlines()[0]  # a line of the table is a line of the terminal
+    assert header.startswith("arm ") and header.endswith("data factor")
     assert "report.html" in out and "onsite" in out
     assert (tmp_path / "run" / "report.html").is_file()
     with pytest.raises(SystemExit) as ended:

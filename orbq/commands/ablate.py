@@ -68,11 +68,12 @@ def ablate(
         if overwrite:
             raise InputError("--report reads the records that --overwrite deletes: leave one out")
         recorded = recorded_config(directory)
-        console.print(Text(write_report(directory, read_results(directory), recorded)))
+        told = Text(write_report(directory, read_results(directory), recorded))
+        console.print(told, soft_wrap=True)
         return
     with Display(console, settings) as display:
         records = run_ablation(settings, overwrite=overwrite, reporter=display)
-    console.print(Text(write_report(directory, records, settings)))
+    console.print(Text(write_report(directory, records, settings)), soft_wrap=True)
 
 
 def show_plan(programs: list[Program], n_done: int, console: Console) -> None:
