@@ -17,7 +17,14 @@ from orbq.errors import InputError
 from orbq.study.page import choice_text, finding
 from orbq.study.pictures import _styles, gain_figure, size_figure, weight_figure
 from orbq.study.plan import BASELINE, fingerprint, make_plan
-from orbq.study.report import by_weight, options_of, rows_of, sharpness, write_report
+from orbq.study.report import (
+    by_weight,
+    options_of,
+    rows_of,
+    sharpness,
+    table_of_runs,
+    write_report,
+)
 from orbq.study.run import DESCRIPTION, RESULTS
 
 SIZES, WEIGHTS, SEEDS = (100, 200, 400), (0.0, 1.0, 10.0, 100.0), (0, 1, 2, 3, 4)
@@ -104,6 +111,18 @@ def test_rows_hold_the_gain_that_is_in_the_records(records: list[dict[str, Any]]
     # 1 / 0.7^2 = 2.04 times the data: within the curve at 100, beyond it at 400
     assert rows["onsite", 100].factor.value == pytest.approx(2.04, abs=0.02)
     assert np.isinf(rows["onsite", 400].factor.value)
+
+
+def test_the_table_of_runs_has_no_error_of_a_head_that_was_not_taught(
+    records: list[dict[str, Any]],
+) -> None:
+    for r in records:
+        r["test"] |= {"onsite_mae_e": 0.05, "onsite_rmse_e": 0.1}
+    for line in csv.DictReader(table_of_runs(records).splitlines()):
+        taught = line["arm"] != BASELINE
+        assert line["test/onsite_mae_e"] == ("0.05" if taught else "")
+        assert line["test/onsite_rmse_e"] == ("0.1" if taught else "")
+        assert float(line["test/forces_mae_meV_per_A"]) > 0
 
 
 def test_an_unfinished_size_does_not_hide_the_others(records: list[dict[str, Any]]) -> None:

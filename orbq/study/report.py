@@ -18,6 +18,7 @@ from orbq.preprocess.links import refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.study.plan import BASELINE
 from orbq.study.program import CRITERION
+from orbq.train import MAIN_TERMS
 
 DESCRIPTION = "ablation.json"
 CSV, SUMMARY_CSV, PAGE = "results.csv", "summary.csv", "report.html"
@@ -302,7 +303,7 @@ def table_of_rows(rows: Sequence[Row]) -> str:
 
 
 def table_of_runs(records: Sequence[dict[str, Any]]) -> str:
-    """One line per run, with all its validation and test errors, as CSV."""
+    """One line per run, with its validation and test errors of all that it was taught, as CSV."""
     errors = {
         f"{part}/{n}": None for r in records for part in ("validation", "test") for n in r[part]
     }
@@ -310,9 +311,16 @@ def table_of_runs(records: Sequence[dict[str, Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_COLUMNS, *errors])
     for r in records:
-        found = [r[part].get(n, "") for part, n in (key.split("/", 1) for key in errors)]
+        places = [key.split("/", 1) for key in errors]
+        found = [r[part].get(n, "") if _was_taught(r, n) else "" for part, n in places]
         writer.writerow([*(r[name] for name in _COLUMNS), *found])
     return out.getvalue()
+
+
+def _was_taught(record: dict[str, Any], error: str) -> bool:
+    """Whether an error is of something that the run was taught: energy-only runs have heads whose
+    weight is 0. error: as ``onsite_mae_e``."""
+    return record["target"] is not None or error.split("_mae_")[0].split("_rmse_")[0] in MAIN_TERMS
 
 
 def spent(records: Sequence[dict[str, Any]]) -> tuple[float, float, int]:
