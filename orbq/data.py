@@ -145,8 +145,8 @@ def prepare(
     parts, cutoff = split_of(config, dataset), config.model.cutoff
     pools = {n: Pool([Part(dataset, rows)], cutoff) for n, rows in parts.items() if len(rows)}
     teaching = pools["train"]
+    _check_no_leak(dataset, parts, unlabelled)
     if unlabelled:
-        _check_no_leak(dataset, parts, unlabelled)
         pools["unlabelled"] = Pool([Part(d, None, DFT_FIELDS) for d in unlabelled], cutoff)
         teaching = Pool([*teaching.parts, *pools["unlabelled"].parts], cutoff)
         pools["teaching"] = teaching
@@ -218,8 +218,11 @@ def _fit_references(
 def _check_no_leak(
     dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
 ) -> None:
-    """Structures that are held out must not teach charges either."""
+    """Structures that are held out must not teach: as copies in another group, or charges alone."""
     held_out = np.concatenate([parts["validation"], parts["test"]])
+    copies = "give copies the name of one group, take them out, or set data.split = 'within'"
+    holder = f"the training split of {dataset.path}"
+    refuse_taught(dataset, held_out, dataset["content_hash"][parts["train"]], (holder, copies))
     remedy = "take them out of data.unlabelled"
     for extra in unlabelled:
         refuse_taught(dataset, held_out, extra["content_hash"], (str(extra.path), remedy))

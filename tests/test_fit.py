@@ -201,6 +201,18 @@ def test_statistics_and_references_see_training_structures_alone(data, prepared)
     assert prepared.spec.scales["energy"] == pytest.approx(residual.std(), rel=1e-9)
 
 
+def test_copies_of_a_structure_in_another_group_are_not_held_out(data, tmp_path):
+    stored, config = Dataset.open(data / "labelled"), config_of(data, data / "unused")
+    parts = split_of(config, stored)
+    shutil.copytree(data / "labelled", tmp_path / "labelled")
+    hashes = np.array(stored["content_hash"])
+    hashes[parts["test"][0]] = hashes[parts["train"][0]]
+    np.save(tmp_path / "labelled" / "content_hash.npy", hashes)
+    own = {"dataset": str(tmp_path / "labelled")}
+    with pytest.raises(InputError, match=r"the training split of .* holds 1 .* of one group"):
+        prepare(config_of(data, tmp_path, data=own))
+
+
 def test_guided_references_leave_out_a_multiple_of_the_xtb_energies(data):
     """Those less their own references, which are fitted to the charge-only structures as well."""
     config = config_of(data, data / "unused", data={"references": "guided"})
