@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -366,7 +367,8 @@ class _Loop:
             record |= self.validation.gradients(now, update.batch, stage.hyper.weights)
         if stage.name == "train":
             criterion = errors[criterion_of(errors, self.config.loss.weights.auxiliary())]
-            record["best"] = p.best is None or criterion < p.best
+            # the first error may be NaN, and none is below that
+            record["best"] = p.best is None or isnan(p.best) or criterion < p.best
             p.stale = 0 if record["best"] else p.stale + 1
             if record["best"]:
                 p.best = criterion

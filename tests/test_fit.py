@@ -257,6 +257,18 @@ def fitting_charges(dataset: Dataset) -> np.ndarray:
     return atomic_charges(np.asarray(dataset["onsite"]))
 
 
+def test_a_first_validation_that_is_nan_is_not_the_best_for_good(data, tmp_path, monkeypatch):
+    found = iter([np.nan, 3.0, 5.0, 2.0])
+
+    def errors(self, params, packer):
+        return {"energy_mae_meV": next(found)}
+
+    monkeypatch.setattr("orbq.fit.Validation.errors", errors)
+    config = config_of(data, tmp_path / "run", training={"pretrain_steps": 0, "n_steps": 14})
+    assert fit(config)["best_validation"] == 2.0
+    assert [r["best"] for r in records(tmp_path / "run")] == [True, True, False, True]
+
+
 def test_float64_compiles_once_too(data, tmp_path):
     training = {"precision": "float64", "pretrain_steps": 0, "n_steps": 4}
     summary = fit(config_of(data, tmp_path / "run", training=training))
