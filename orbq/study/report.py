@@ -18,7 +18,7 @@ from orbq.preprocess.links import refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.study.plan import BASELINE
 from orbq.study.program import CRITERION
-from orbq.train import MAIN_TERMS
+from orbq.targets import MAIN_TERMS
 
 DESCRIPTION = "ablation.json"
 CSV, SUMMARY_CSV, PAGE = "results.csv", "summary.csv", "report.html"
