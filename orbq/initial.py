@@ -50,6 +50,7 @@ INITIAL = "initial"  # what run.json and summary.json say of it
 TAUGHT_FILE = "taught.npy"  # of a run that travels without its data: content hashes of these
 TAUGHT_DIGITS = "S16"  # of each: 64 bits
 _REMEDY = "or leave training.initial out"
+_UNREADABLE = (InputError, OSError, KeyError, TypeError, ValueError, IndexError)
 
 
 class Initial(NamedTuple):
@@ -285,7 +286,7 @@ def _check_no_leak(name: str, data: TrainingData) -> Iterator[str]:
     for directory, stored in _lineage(name):
         try:
             taught = taught_hashes(directory, stored)
-        except (InputError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        except _UNREADABLE as error:
             reason = str(error).splitlines()[0]
             yield (
                 f"whether {directory} was trained on structures that are held out here could not "
@@ -295,6 +296,26 @@ def _check_no_leak(name: str, data: TrainingData) -> Iterator[str]:
         for path, hashes in taught:
             holder = f"the training data of {directory} ({path})"
             refuse_taught(data.datasets[0], held_out, hashes, (holder, remedy))
+
+
+def taught_among(name: str | Path, dataset: Dataset, rows: np.ndarray) -> str:
+    """A line that says how many of these structures of a data set a run, or one before it, was
+    trained on, or that this could not be checked; empty if it was trained on none."""
+    own, found = dataset["content_hash"][rows], np.zeros(len(rows), bool)
+    for directory, stored in _lineage(str(name)):
+        try:
+            taught = taught_hashes(directory, stored)
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0]
+            return f"whether {directory} was trained on any of them could not be checked: {reason}"
+        for _, hashes in taught:
+            found |= np.isin(own.astype(hashes.dtype), hashes)
+    if not found.any():
+        return ""
+    return (
+        f"{name} was trained on {found.sum():,} of these {len(rows):,} structures: their errors "
+        "say nothing of others"
+    )
 
 
 def _lineage(name: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:

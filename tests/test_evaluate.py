@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from orbq import targets
 from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.evaluate import evaluate, is_own, split_rows
+from orbq.initial import taught_among
 from orbq.preprocess.store import Dataset
 from orbq.schema import Structure
 from orbq.scores import Evaluation, report
@@ -180,6 +182,23 @@ def test_evaluate_writes_tables_and_pictures(trained, tmp_path):
     for name in ("", "-energy", "-forces", "-onsite", "-orbital"):
         picture = tmp_path / f"parity{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_structures_of_another_data_set_are_told(trained, run, dataset, tmp_path):
+    everything = np.arange(len(dataset))
+    train = split_rows(run, dataset, "train")[1]
+    told = taught_among(trained, dataset, everything)
+    assert f"was trained on {len(train)} of these {len(everything)} structures" in told
+    assert taught_among(trained, dataset, np.setdiff1d(everything, train)) == ""
+    assert "could not be checked" in taught_among(tmp_path, dataset, everything)
+    shutil.copytree(dataset.path, tmp_path / "other")  # the same structures, other groups
+    groups = np.array([f"g{i}" for i in everything], "S64")
+    np.save(tmp_path / "other" / "group.npy", groups)
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["arrays"]["group"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    status, text = orbq_command("evaluate", trained, tmp_path / "other", "--out", tmp_path / "new")
+    assert status == 0 and told in text, text
 
 
 def test_evaluate_refuses_what_is_no_run(trained, tmp_path):

@@ -45,7 +45,8 @@ def evaluate(
 
     Prints MAE and RMSE of every label, and of forces and charges by element and shell. Writes them
     to metrics.json, and parity plots, into --out. Structures with elements that the run was not
-    trained on are left out and counted.
+    trained on are left out and counted; of another data set than the run's own, those that it was
+    trained on are counted, too.
 
     \b
     Examples:
@@ -55,8 +56,9 @@ def evaluate(
     """
     from orbq.datasets import open_dataset
     from orbq.evaluate import evaluate as compare
-    from orbq.evaluate import split_rows
+    from orbq.evaluate import is_own, split_rows
     from orbq.inference import open_run
+    from orbq.initial import taught_among
     from orbq.preprocess.links import make_directory, refuse_links
     from orbq.scores import report
 
@@ -81,6 +83,8 @@ def evaluate(
     facts = {"run": str(run), "dataset": dataset, "split": name}
     document = report(found, facts.items())
     console.print(Text(f"{run} on {dataset}, split {name}"))
+    if not is_own(loaded, data) and (told := taught_among(run, data, rows)):
+        console.print(Text(told, "yellow"))
     show(found, console)
     metrics = place / METRICS
     metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -97,12 +97,15 @@ def _evaluate(
     directory: Path, name: str | None, split: str | None, batch_size: float, console: Console
 ) -> Evaluation:
     from orbq.datasets import open_dataset
-    from orbq.evaluate import evaluate, split_rows
+    from orbq.evaluate import evaluate, is_own, split_rows
     from orbq.inference import open_run
+    from orbq.initial import taught_among
     from orbq.run_plots import own_dataset
 
     run = open_run(directory)
     data = open_dataset(name or own_dataset(run, directory))
     part, rows = split_rows(run, data, split)
     console.print(Text(f"{directory}: predicting {len(rows):,} structures ({part} of {data.path})"))
+    if not is_own(run, data) and (told := taught_among(directory, data, rows)):
+        console.print(Text(told, "yellow"))
     return evaluate(run, data, rows, batch_size=batch_size)
