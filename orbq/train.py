@@ -167,7 +167,8 @@ def make_train_step(
             lambda p, u: p - rate * (u + hyper.weight_decay * p), state.params, updates
         )
         params = thawed(frozen, params, state.params)
-        # the average forgets its start: it is a plain mean until 1 / (1 - decay) steps are seen
+        # the average forgets its start: until 9 / (1 - decay) steps are seen it is over their last
+        # tenth or so
         decay = jnp.minimum(hyper.ema_decay, (state.step + 1.0) / (state.step + 10.0))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
         ema = thawed(frozen, ema, state.ema)  # the mean of equal numbers is not exactly their value

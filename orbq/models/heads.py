@@ -2,9 +2,9 @@
 
 A head predicts the *normalised* target u; the value is ``mean[Z] + scale[Z] u`` with the constants
 of ``targets.Statistics``. Conserved targets are then projected on the total charge Q of their
-structure: the smallest change in u (weighted least squares) with ``sum q = Q`` exactly,
+structure: the smallest change in u (least squares) with ``sum c q = Q`` exactly,
 
-    u_k += c_k s_k (Q - sum q) / sum (c s)^2      over all columns k of the structure's atoms,
+    u_k += c_k s_k (Q - sum c q) / sum (c s)^2    over all columns k of the structure's atoms,
 
 c the column's weight in the charge, s its scale.
 
