@@ -264,14 +264,14 @@ def _require_elements(
         if name not in pools:
             continue
         found = pool_elements(pools[name])
-        for reference in references.values():
-            reference.require(found, f"the {name} structures")
         if len(unseen := np.setdiff1d(found, elements)):
             symbols = ", ".join(SYMBOLS[z] for z in unseen)
             raise InputError(
                 f"the {name} structures hold {symbols}, which no training structure does: add "
                 "structures with them, or use another split"
             )
+        for reference in references.values():
+            reference.require(found, f"the {name} structures")
 
 
 def _require_validation(validation: Pool, terms: Sequence[str]) -> None:

@@ -201,6 +201,18 @@ def test_statistics_and_references_see_training_structures_alone(data, prepared)
     assert prepared.spec.scales["energy"] == pytest.approx(residual.std(), rel=1e-9)
 
 
+def test_an_element_that_no_training_structure_has_wants_structures(data, tmp_path):
+    """And no reference energies, which would not make up for them."""
+    training = {"unlabelled_share": 0.0, "pretrain_steps": 0}
+    own: dict[str, Any] = {"n_train": 1, "unlabelled": []}
+    for references in ({s: -1.0 for s in "HCNO"}, "fit"):
+        config = config_of(
+            data, tmp_path, data={**own, "references": references}, training=training
+        )
+        with pytest.raises(InputError, match="which no training structure does: add structures"):
+            prepare(config)
+
+
 def test_copies_of_a_structure_in_another_group_are_not_held_out(data, tmp_path):
     stored, config = Dataset.open(data / "labelled"), config_of(data, data / "unused")
     parts = split_of(config, stored)
