@@ -163,6 +163,7 @@ def prepare(
     _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
     scales = scales_of(terms, fits, teaching)
     train = pools["train"]
+    _require_edges(train)
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
     constants = Constants(
         elements=tuple(int(z) for z in elements),
@@ -272,6 +273,15 @@ def _require_elements(
             )
         for reference in references.values():
             reference.require(found, f"the {name} structures")
+
+
+def _require_edges(train: Pool) -> None:
+    """Atoms without neighbours teach nothing of geometries."""
+    if not train.n_edges.any():
+        raise InputError(
+            f"model.cutoff = {train.cutoff:g} Å: no atom of the {len(train)} training structures "
+            "has a neighbour that close: raise it"
+        )
 
 
 def _require_validation(validation: Pool, terms: Sequence[str]) -> None:

@@ -54,12 +54,18 @@ def make_stages(config: Config, data: TrainingData) -> list[Stage]:
 
 
 def _checked_frozen(frozen: tuple[str, ...], data: TrainingData) -> tuple[str, ...]:
-    """``training.frozen``; raises InputError for a prefix that no parameter's path begins with."""
+    """``training.frozen``; raises InputError for a prefix that no parameter's path begins with, and
+    where nothing is left to train."""
     if not frozen:
         return frozen
     potential = make_potential(data.architecture, data.constants)
     template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(np.float32))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(template)]
+    if all(is_frozen(frozen, path) for path in paths):
+        raise InputError(
+            f"training.frozen = {list(frozen)} holds every parameter: nothing would be learnt, "
+            "take some out"
+        )
     for prefix in frozen:
         if not any(is_frozen((prefix,), path) for path in paths):
             names = [[str(getattr(key, "key", key)) for key in path] for path in paths]

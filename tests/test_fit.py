@@ -213,6 +213,15 @@ def test_an_element_that_no_training_structure_has_wants_structures(data, tmp_pa
             prepare(config)
 
 
+def test_a_run_that_would_learn_nothing_is_refused(data, tmp_path, prepared):
+    """Where no atom has a neighbour, as with a cutoff in nm, or all parameters are frozen."""
+    with pytest.raises(InputError, match=r"cutoff = 0.5 Å: no atom of the \d+ training"):
+        prepare(config_of(data, tmp_path, model={"cutoff": 0.5}))
+    config = config_of(data, tmp_path, training={"frozen": ["backbone", "energy", "head_atomic"]})
+    with pytest.raises(InputError, match="holds every parameter: nothing would be learnt"):
+        make_stages(config, prepared)
+
+
 def test_copies_of_a_structure_in_another_group_are_not_held_out(data, tmp_path):
     stored, config = Dataset.open(data / "labelled"), config_of(data, data / "unused")
     parts = split_of(config, stored)
