@@ -22,7 +22,7 @@ from orbq.config import Config, parse_config
 from orbq.errors import InputError
 from orbq.preprocess.label import Resources, preprocess
 from orbq.study import run_ablation
-from orbq.study.plan import BASELINE, make_plan, settings_of
+from orbq.study.plan import BASELINE, fingerprint, make_plan, settings_of
 from orbq.study.program import Training
 from orbq.study.report import PAGE, rows_of, write_report
 from orbq.study.run import PROGRAMS, RESULTS, read_results
@@ -85,6 +85,12 @@ def test_a_program_is_cut_evenly_and_keeps_its_order_of_batches() -> None:
     assert [len(part.runs) for part in parts] == [3, 3, 3]
     assert {part.config.training.seed for part in parts} == {7}
     assert len({part.name for part in parts}) == 3
+
+
+def test_how_many_runs_train_at_once_makes_no_other_ablation() -> None:
+    own = fingerprint(config())
+    assert fingerprint(config(ablation={"max_runs_per_program": 2})) == own
+    assert fingerprint(config(ablation={"seeds": [7]})) != own
 
 
 def test_charge_only_structures_in_every_batch_set_the_baseline_apart() -> None:

@@ -155,8 +155,11 @@ def settings_of(program: Program, run: RunSpec, pretraining: bool) -> dict[str, 
 
 
 def fingerprint(config: Config) -> str:
-    """Of all that decides what an ablation computes; the directory does not."""
+    """Of all that decides what an ablation computes; the directory does not, nor how many of its
+    runs train at once."""
     training = config.training
+    ablation = config.ablation.model_copy(update={"max_runs_per_program": 0})
+    config = config.model_copy(update={"ablation": ablation})
     # keys that came later: where they say nothing new, what was begun before is the same
     later = {"initial": training.initial == "", "kernels": training.kernels == "xla"}
     unused = {name for name, default in later.items() if default}
