@@ -38,7 +38,9 @@ def embed(
     ] = Path("embedding"),
     elements: Annotated[
         str | None,
-        typer.Option(help="Symbols, e.g. Fe,Co,Ni (default: all metals of the data set)."),
+        typer.Option(
+            help="Symbols, four or more, e.g. Ti,Zr,V,Nb (default: all metals of the data set)."
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(metavar=SPLITS, help="Which structures; parts of a run's own data only.")
