@@ -146,6 +146,8 @@ def prepare(
     pools = {n: Pool([Part(dataset, rows)], cutoff) for n, rows in parts.items() if len(rows)}
     teaching = pools["train"]
     _check_no_leak(dataset, parts, unlabelled)
+    if config.data.split == "group":
+        _warn_of_groups(dataset, parts, unlabelled)
     if unlabelled:
         pools["unlabelled"] = Pool([Part(d, None, DFT_FIELDS) for d in unlabelled], cutoff)
         teaching = Pool([*teaching.parts, *pools["unlabelled"].parts], cutoff)
@@ -227,6 +229,22 @@ def _check_no_leak(
     remedy = "take them out of data.unlabelled"
     for extra in unlabelled:
         refuse_taught(dataset, held_out, extra["content_hash"], (str(extra.path), remedy))
+
+
+def _warn_of_groups(
+    dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
+) -> None:
+    """Other geometries of a group that is held out teach its charges, if names mean the same."""
+    held_out = np.unique(dataset["group"][np.concatenate([parts["validation"], parts["test"]])])
+    for extra in unlabelled:
+        same = extra["group"][np.isin(extra["group"], held_out[held_out != b""])]
+        if len(same):
+            warnings.warn(
+                f"{extra.path} holds {len(same)} structures of groups that are held out, such as "
+                f"{same[0].decode()!r}: take them out of data.unlabelled, unless the name is of "
+                "something else there",
+                stacklevel=3,
+            )
 
 
 def refuse_taught(

@@ -234,6 +234,17 @@ def test_copies_of_a_structure_in_another_group_are_not_held_out(data, tmp_path)
         prepare(config_of(data, tmp_path, data=own))
 
 
+def test_geometries_of_a_held_out_group_among_those_without_energies_are_told(data, tmp_path):
+    stored, config = Dataset.open(data / "labelled"), config_of(data, data / "unused")
+    shutil.copytree(data / "unlabelled", tmp_path / "unlabelled")
+    groups = np.array(Dataset.open(tmp_path / "unlabelled")["group"])
+    groups[0] = stored["group"][split_of(config, stored)["test"][0]]
+    np.save(tmp_path / "unlabelled" / "group.npy", groups)
+    own = {"unlabelled": [str(tmp_path / "unlabelled")]}
+    with pytest.warns(UserWarning, match="holds 1 structures of groups that are held out"):
+        prepare(config_of(data, tmp_path, data=own))
+
+
 def test_guided_references_leave_out_a_multiple_of_the_xtb_energies(data):
     """Those less their own references, which are fitted to the charge-only structures as well."""
     config = config_of(data, data / "unused", data={"references": "guided"})
