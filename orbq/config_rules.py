@@ -140,6 +140,9 @@ def _ablation_rule(config: Config) -> list[Problem]:
             wrong(key, "must not be empty")
         if key != "seeds" and len(set(values)) < len(values):
             wrong(key, f"holds a value twice: {values}")
+    if not ablation.baseline and ablation.weights and not any(ablation.weights):
+        text = "none is above 0, and ablation.baseline is false: no run would be left"
+        wrong("weights", text, "baseline")
     for key, other in (("subset_seeds", "seeds"), ("n_steps", "n_train")):
         found, wanted = len(getattr(ablation, key)), len(getattr(ablation, other))
         if found and found != wanted:

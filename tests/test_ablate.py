@@ -123,6 +123,7 @@ def test_a_combined_arm_keeps_its_fixed_weight_except_in_the_baseline() -> None:
         ({"subset_seeds": [1]}, "has 1 values for the 2 of ablation.seeds"),
         ({"seeds": [1, 1]}, "the same run twice"),
         ({"n_train": [50], "n_steps": [1, 2]}, "ablation.n_steps"),
+        ({"weights": [0.0], "baseline": False}, "no run would be left"),
     ],
 )
 def test_a_table_that_contradicts_itself_is_refused(ablation: dict, text: str) -> None:
