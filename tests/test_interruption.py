@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +106,39 @@ def test_a_torn_journal_is_cut_off(source, expected, tmp_path, tail):
     with (out / ".job" / "journal.jsonl").open("a") as journal:
         journal.write(tail)
     assert finish(start(source, out)) == 0
+    assert fingerprint(out) == expected
+
+
+@pytest.fixture(scope="module")
+def half_done(source, tmp_path_factory):
+    """A job that was killed after some chunks were in the journal."""
+    out = tmp_path_factory.mktemp("half") / "set"
+    assert finish(start(source, out, 500)) == -signal.SIGKILL
+    assert len((out / ".job" / "journal.jsonl").read_text().splitlines()) > 5
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [
+        ("onsite.npy", None, "onsite.npy is missing: all structures are labelled again"),
+        ("xtb_forces.npy", 1000, "xtb_forces.npy has 1,000 bytes, .* are labelled again"),
+        ("positions.npy", None, "positions.npy is missing: reading and labelling begin again"),
+        ("positions.npy", 1000, "positions.npy has 1,000 bytes, .*: reading and labelling begin"),
+        (".job/rejected.jsonl", None, "rejected.jsonl is missing: reading and labelling begin"),
+    ],
+)
+def test_what_was_lost_meanwhile_is_made_again(
+    half_done, source, expected, tmp_path, name, size, told
+):
+    """Files that a scratch disk's cleaning took away, or cut: never zeros as labels."""
+    out = shutil.copytree(half_done, tmp_path / "set")
+    if size is None:
+        (out / name).unlink()
+    else:
+        os.truncate(out / name, size)
+    with pytest.warns(UserWarning, match=told):
+        preprocess([source], out, resources=TWO)
     assert fingerprint(out) == expected
 
 

@@ -8,7 +8,8 @@ Inside the data set's directory, ``.job/`` holds
     journal.jsonl  one line per finished chunk, after its labels are on the disk
 
 Labels are written in place into arrays of the final size; a chunk without a line in the journal is
-computed again and gives the same bytes. ``manifest.json``, written last, makes the set valid; then
+computed again and gives the same bytes. What was lost since (files deleted from a scratch disk) is
+made again. ``manifest.json``, written last, makes the set valid; then
 ``.job/`` is removed.
 """
 
@@ -17,10 +18,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +39,7 @@ from orbq.preprocess.wire import Message
 from orbq.schema import FAILURES, FIELDS, MANIFEST
 
 LABELS = ("onsite", "xtb_energy", "xtb_forces")
+OF_ATOMS = ("onsite", "xtb_forces")  # written at once; energies are in the journal
 COMMIT_EVERY = 1.0  # seconds between synchronisations with the disk
 
 
@@ -109,6 +114,21 @@ class Workspace:
         store.sync_directory(self.out)
 
 
+def lost_array(out: Path, names: Iterable[str], structures: int, atoms: int) -> str | None:
+    """What is wrong with the first of these arrays that is not there in full length, if one is."""
+    rows = {"offset": structures + 1, "structure": structures, "atom": atoms}
+    for name in names:
+        per, trailing, dtype = store.array_names()[name]
+        path, shape = store.array_file(out, name), (rows[per], *trailing)
+        if not path.is_file():
+            return f"{path} is missing"
+        header = len(store.npy_header(shape, np.dtype(dtype)))
+        size = header + np.dtype(dtype).itemsize * math.prod(shape)
+        if (found := path.stat().st_size) != size:
+            return f"{path} has {found:,} bytes, {size:,} were written"
+    return None
+
+
 class Ledger:
     """Labels on their way to the disk.
 
@@ -127,10 +147,18 @@ class Ledger:
         self.notes: dict[int, str] = {}
         self.blas: set[str] = set()
         names = [name for field in LABELS for name in (field, f"{field}_mask")]
+        self._forget_if_lost(work)
         self._files = {name: _allocate(work.out, name, offsets) for name in names}
         self._waiting: list[str] = []
         self._last = time.monotonic()
         self._journal = self._take_up(work.journal)
+
+    def _forget_if_lost(self, work: Workspace) -> None:
+        """Drop a journal whose labels of atoms are not on the disk any more, with a warning."""
+        structures, atoms = len(self._offsets) - 1, int(self._offsets[-1])
+        if work.journal.exists() and (lost := lost_array(work.out, OF_ATOMS, structures, atoms)):
+            warnings.warn(f"{lost}: all structures are labelled again", stacklevel=2)
+            work.journal.unlink()
 
     def _take_up(self, path: Path) -> IO[str]:
         """Read the journal, cut off a line that a kill left half written, and open it to go on.
@@ -169,7 +197,7 @@ class Ledger:
         members = self._plan.members(chunk)
         first = self._offsets[members].tolist()
         ends = np.cumsum(self._offsets[members + 1] - self._offsets[members]).tolist()
-        for name in ("onsite", "xtb_forces"):
+        for name in OF_ATOMS:
             rows, begin = reply.arrays[name], 0
             for row, end in zip(first, ends, strict=True):
                 self._write(name, row, rows[begin:end])

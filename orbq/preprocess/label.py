@@ -25,7 +25,7 @@ from orbq.preprocess.job import Ledger, Workspace
 from orbq.preprocess.manifest import write_manifest
 from orbq.preprocess.read import FIRST_FOUND, Keys, Reader, named_values
 from orbq.preprocess.schedule import Plan, Pool, Resources, check_resources, costs, open_pool, plan
-from orbq.preprocess.stage import Staged, stage
+from orbq.preprocess.stage import Staged, lost_input, stage
 from orbq.preprocess.store import Dataset
 from orbq.schema import MANIFEST, SCHEMA_VERSION
 
@@ -204,7 +204,10 @@ def _read(
     if work.staged.is_file():
         state = json.loads(work.staged.read_text(encoding="utf-8"))
         _same_job(work.out, state["job"], identity)
-        return Staged(**state["staged"])
+        staged = Staged(**state["staged"])
+        if not (lost := lost_input(work, staged)):
+            return staged
+        warnings.warn(f"{lost}: reading and labelling begin again", stacklevel=2)
     work.clear()  # reading that was interrupted begins again
     try:
         staged = stage(

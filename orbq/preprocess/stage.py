@@ -19,7 +19,7 @@ from orbq.errors import InputError
 from orbq.preprocess import store
 from orbq.preprocess.check import check
 from orbq.preprocess.flat import FlatWriter
-from orbq.preprocess.job import LABELS, Workspace
+from orbq.preprocess.job import LABELS, Workspace, lost_array
 from orbq.preprocess.read import Failure, Reader
 from orbq.schema import FIELDS, Structure
 
@@ -43,7 +43,7 @@ def stage(
 
     Raises InputError when a whole file is at fault or no structure is usable.
     """
-    base = [name for name in store.array_names() if name.removesuffix("_mask") not in LABELS]
+    base = _base_arrays()
     layout = store.array_names()
     writers = {
         name: FlatWriter(store.array_file(work.out, name), layout[name][2], layout[name][1])
@@ -77,6 +77,17 @@ def stage(
         raise InputError(f"{_files(reader)}: no usable structure: {told or 'no structure at all'}")
     used = {field: dict(sorted(names.items())) for field, names in reader.names_used.items()}
     return Staged(kept, atoms, sum(reasons.values()), used)
+
+
+def lost_input(work: Workspace, staged: Staged) -> str | None:
+    """What of an interrupted job's input is not there any more, if anything is."""
+    if not work.rejected.is_file():
+        return f"{work.rejected} is missing"
+    return lost_array(work.out, _base_arrays(), staged.structures, staged.atoms)
+
+
+def _base_arrays() -> list[str]:
+    return [name for name in store.array_names() if name.removesuffix("_mask") not in LABELS]
 
 
 def _files(reader: Reader) -> str:
