@@ -35,7 +35,7 @@ from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
 from orbq.preprocess.store import write_atomically
 from orbq.reporter import Reporter, Silent, Speed
-from orbq.run import CHECKPOINTS, METRICS, read_description
+from orbq.run import CHECKPOINTS, METRICS, STATISTICS_FILE, read_description
 from orbq.stages import Stage, make_stages
 from orbq.train import TrainState, make_init, make_train_step, next_stage
 from orbq.validation import Validation, criterion_of
@@ -172,9 +172,12 @@ class _Loop:
             records.facts_of(self.directory, self.data, self.potential, packer, self.stages)
             | shapes
         )
-        devices.main_decides(
+        if devices.main_decides(
             lambda: records.describe(self.directory, self.config, self.data, facts)
-        )
+        ):
+            self.reporter.warned(
+                f"{self.directory / STATISTICS_FILE} was lost or damaged: written again"
+            )
         self.reporter.started(facts)
         if (finished := self._finished()) is not None:
             return finished

@@ -22,11 +22,12 @@ from orbq.data import TrainingData
 from orbq.errors import InputError
 from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
-from orbq.models.potential import Potential, smallest_graph
+from orbq.models.potential import Constants, Potential, smallest_graph
+from orbq.orbitals import GFN1
 from orbq.preprocess.links import refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
-from orbq.preprocess.store import Dataset, write_atomically
+from orbq.preprocess.store import write_atomically
 from orbq.probe import Probe
 from orbq.run import (
     METRICS,
@@ -36,7 +37,9 @@ from orbq.run import (
     read_description,
     save_description,
     stored_config,
+    stored_constants,
 )
+from orbq.run_form import write_statistics
 from orbq.schema import FIELDS
 from orbq.stages import Stage
 
@@ -45,6 +48,7 @@ NONFINITE = "nonfinite.jsonl"
 _BEGUN = {STATISTICS_FILE, PROBE_FILE, f"{PROBE_FILE}.tmp", f"{RUN_FILE}.tmp"}
 _FOREIGN = ("wandb",)  # where Weights & Biases makes links of its own, some to its cache
 _RECOMPUTED = {"onsite", "xtb_energy", "xtb_forces"}  # their last bits depend on the machine
+_SAME_LABELS = 1e-4  # e, and relative: machines differ by less, methods and their settings by more
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -85,16 +89,49 @@ def structures_of(pool: Pool, items: np.ndarray) -> list[dict[str, Any]]:
     return found
 
 
-def check_same_data(directory: Path, datasets: Sequence[Dataset]) -> None:
+def check_same_data(directory: Path, data: TrainingData) -> None:
     """Refuse to go on with other structures or labels than the run was begun with."""
-    before = read_description(directory)["data"]
-    for dataset, stored in zip(datasets, before, strict=True):
+    stored = read_description(directory)
+    remedy = "bring the data set back, or start anew with --overwrite"
+    for dataset, entry in zip(data.datasets, stored["data"], strict=True):
         for name, now in dataset.manifest["arrays"].items():
-            if name not in _RECOMPUTED and now != stored["arrays"].get(name):
+            if name not in _RECOMPUTED and now != entry["arrays"].get(name):
                 raise InputError(
                     f"{dataset.path} has changed since {directory} was begun ({name} is another): "
-                    "bring the data set back, or start anew with --overwrite"
+                    + remedy
                 )
+    method = stored["constants"].get("method", GFN1)
+    if data.constants.method != method:
+        raise InputError(
+            f"{data.datasets[0].path} is labelled with {data.constants.method}, {directory} was "
+            f"begun with {method}: {remedy}"
+        )
+
+
+def keep_statistics(directory: Path, constants: Constants) -> bool:
+    """Write the statistics of a run again where they were lost; whether they were.
+
+    Raises InputError when they are others than those of the labels, which then have changed.
+    """
+    try:
+        stored = stored_constants(directory, read_description(directory)).statistics
+    except ValueError:
+        write_statistics(directory / STATISTICS_FILE, constants.statistics)
+        return True
+    for name, now in constants.statistics.items():
+        close = name in stored and all(map(_close, now, stored[name]))
+        if not close:
+            raise InputError(
+                f"{directory / STATISTICS_FILE} is not of the labels {name!r} that are there now: "
+                "bring back the data sets that the run was begun with, or start anew with "
+                "--overwrite"
+            )
+    return False
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to what labels of two machines differ by."""
+    return bool(np.allclose(a, b, rtol=_SAME_LABELS, atol=_SAME_LABELS))
 
 
 # --------------------------------------------------------------------------- the run directory
@@ -193,9 +230,13 @@ def _of_probe(probe: Probe) -> dict[str, Any]:
     return {"strength": probe.strength, "leave_one_out_meV": error}
 
 
-def describe(directory: Path, config: Config, data: TrainingData, facts: dict[str, Any]) -> None:
-    """Write run.json and the statistics of a new run; check those of one that is gone on with."""
+def describe(directory: Path, config: Config, data: TrainingData, facts: dict[str, Any]) -> bool:
+    """Write run.json and the statistics of a new run; check those of one that is gone on with.
+
+    Whether its statistics were lost, and are written again.
+    """
     if (directory / RUN_FILE).exists():
-        check_same_data(directory, data.datasets)
-        return
+        check_same_data(directory, data)
+        return keep_statistics(directory, data.constants)
     save_description(directory, config, data.architecture, data.constants, data.references, facts)
+    return False

@@ -44,7 +44,7 @@ from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
 from orbq.preprocess.store import Dataset, write_atomically
-from orbq.run_form import fault, read_statistics
+from orbq.run_form import fault, read_statistics, write_statistics
 from orbq.schema import Structure
 
 if TYPE_CHECKING:
@@ -300,12 +300,7 @@ def save_description(
 ) -> None:
     """Write what is fixed before training: run.json and the targets' statistics."""
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        f"{name}/{part}": values
-        for name, stats in constants.statistics.items()
-        for part, values in stats._asdict().items()
-    }
-    np.savez(directory / STATISTICS_FILE, **arrays)
+    write_statistics(directory / STATISTICS_FILE, constants.statistics)
     info = {
         "run_version": RUN_VERSION,
         "config": json.loads(config.model_dump_json()),

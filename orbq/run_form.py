@@ -47,6 +47,16 @@ def fault(info: Mapping[str, Any], config: Config) -> str | None:
     return wrong(constants.get("method", GFN1), METHODS, "constants.method")
 
 
+def write_statistics(path: Path, statistics: Mapping[str, Statistics]) -> None:
+    """Write the normalisation of every head's target."""
+    arrays = {
+        f"{name}/{part}": values
+        for name, stats in statistics.items()
+        for part, values in stats._asdict().items()
+    }
+    np.savez(path, **arrays)
+
+
 def read_statistics(path: Path, heads: list[list[str]]) -> dict[str, Statistics]:
     """The normalisation of every head's target. Raises ValueError when it is not there whole."""
     try:

@@ -15,7 +15,7 @@ import numpy as np
 
 from orbq import checkpoint
 from orbq.config import Config, parse_config
-from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.label import Recipe, Resources, preprocess
 from orbq.reporter import Silent
 from orbq.splits import fraction_of
 
@@ -67,13 +67,13 @@ def structures(part: str, n: int, seed: int, labelled: bool = True) -> list[ase.
     return out
 
 
-def label(place: Path) -> Path:
+def label(place: Path, method: str = "GFN1-xTB") -> Path:
     """Makes the data sets "labelled" and "unlabelled" (geometries of other molecules) in it."""
-    resources = Resources(workers=1)
+    recipe, resources = Recipe(method), Resources(workers=1)
     labelled = structures("train", 20, 0) + structures("validation", 4, 1)
     labelled += structures("test", 4, 2)
-    preprocess(labelled, place / "labelled", resources=resources)
-    preprocess(structures("train", 10, 3, False), place / "unlabelled", resources=resources)
+    preprocess(labelled, place / "labelled", recipe, resources)
+    preprocess(structures("train", 10, 3, False), place / "unlabelled", recipe, resources)
     return place
 
 
