@@ -102,6 +102,15 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     return serialization.from_state_dict(template, found), meta
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether a checkpoint is there with every file as it was written."""
+    try:
+        _compared(recover(directory))
+    except OrbqError:
+        return False
+    return True
+
+
 def _compared(directory: Path) -> dict[str, Any]:
     """What ``orbq.json`` of a checkpoint holds, after its files were found to be as written.
 

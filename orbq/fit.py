@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isnan
@@ -29,7 +29,7 @@ from orbq.devices import Layout
 from orbq.errors import OrbqError, PreemptedError
 from orbq.initial import check_apart, prepare_from, started_from
 from orbq.losses import Batch
-from orbq.models.potential import make_potential
+from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
@@ -202,9 +202,11 @@ class _Loop:
     def _finished(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do."""
         try:
-            return dict(json.loads((self.directory / SUMMARY).read_text(encoding="utf-8")))
+            summary = dict(json.loads((self.directory / SUMMARY).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
+        best = self.checkpoints / checkpoint.BEST
+        return summary if devices.main_decides(lambda: checkpoint.is_whole(best)) else None
 
     def _initial_state(self) -> TrainState:
         packer = make_packer(self.data, self.stages[0].pool, self.config)
@@ -221,7 +223,20 @@ class _Loop:
         placed: TrainState = devices.replicate(self.layout, state)
         if drawn and self.data.initial:
             self._save(placed)  # from here on the initial run may go
+        self._replace_lost_best(placed)
         return placed
+
+    def _replace_lost_best(self, state: TrainState) -> None:
+        """Where the best parameters are gone, let those of now be the best until others are."""
+        best = self.checkpoints / checkpoint.BEST
+        if self.progress.best is None or devices.main_decides(lambda: checkpoint.is_whole(best)):
+            return
+        self.reporter.warned(
+            f"{best} was lost or damaged: the averaged parameters of step {self.progress.step} "
+            "take its place until better ones are found"
+        )
+        params = devices.local(self.layout, state.ema)
+        self._keep_best(params, self._criterion(self.validation.errors(params, self.held_out)))
 
     def _restored(self, template: TrainState) -> TrainState | None:
         """The newest good checkpoint; None if there is none. Raises OrbqError if all are bad."""
@@ -369,18 +384,24 @@ class _Loop:
             now = devices.local(self.layout, state.params)
             record |= self.validation.gradients(now, update.batch, stage.hyper.weights)
         if stage.name == "train":
-            criterion = errors[criterion_of(errors, self.config.loss.weights.auxiliary())]
+            criterion = self._criterion(errors)
             # the first error may be NaN, and none is below that
             record["best"] = p.best is None or isnan(p.best) or criterion < p.best
             p.stale = 0 if record["best"] else p.stale + 1
             if record["best"]:
-                p.best = criterion
-                meta = {"step": p.step, "criterion": criterion}
-                if devices.is_main():
-                    checkpoint.save(self.checkpoints / checkpoint.BEST, {"params": params}, meta)
+                self._keep_best(params, criterion)
         if devices.is_main():
             records.append(self.directory / METRICS, record)
         self.reporter.validated(record)
+
+    def _criterion(self, errors: Mapping[str, float]) -> float:
+        return errors[criterion_of(errors, self.config.loss.weights.auxiliary())]
+
+    def _keep_best(self, params: Params, criterion: float) -> None:
+        self.progress.best = criterion
+        meta = {"step": self.progress.step, "criterion": criterion}
+        if devices.is_main():
+            checkpoint.save(self.checkpoints / checkpoint.BEST, {"params": params}, meta)
 
     def _save(self, state: TrainState) -> None:
         if not devices.is_main():

@@ -74,3 +74,20 @@ def test_labels_of_another_method_are_refused(whole, tmp_path):
     (run / "run.json").write_text(json.dumps(info))
     with pytest.raises(InputError, match=r"labelled with GFN2-xTB, .*run was begun with GFN1-xTB"):
         fit(config)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_best_parameters_are_replaced(data, whole, stopped, damaged, finished):
+    """Also where no validation would come any more."""
+    run = shutil.copytree(whole, stopped.with_name("finished")) if finished else stopped
+    best, listener = run / "checkpoints" / "best", Listener()
+    if damaged:
+        os.truncate(next(p for p in best.rglob("*") if p.is_file() and p.name != "orbq.json"), 1)
+    else:
+        shutil.rmtree(best)
+    fit(config_of(data, run), reporter=listener)
+    assert any("best was lost or damaged: the averaged" in text for text in listener.warnings)
+    orbq.load(run)
+    last = checkpoint.resumable(run / "checkpoints")[0]
+    assert last.name == checkpoint.resumable(whole / "checkpoints")[0].name
