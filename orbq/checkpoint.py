@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,7 +54,7 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
     partial = directory.with_name(directory.name + ".new")
     shutil.rmtree(partial, ignore_errors=True)
     state = jax.tree.map(np.asarray, serialization.to_state_dict(tree))
-    with _checkpointer() as checkpointer:
+    with _system_errors(partial), _checkpointer() as checkpointer:
         checkpointer.save(partial.absolute(), state)
         checkpointer.wait_until_finished()
     described = {**meta, _VERSION: VERSION, _DIGEST: digest(state), _FILES: _files_of(partial)}
@@ -64,6 +68,23 @@ def save(directory: Path, tree: Any, meta: dict[str, Any]) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(directory)
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Raise what Orbax tells of the operating system, a full disk say, as an OSError; its threads
+    have logged pages of it before, which are not shown."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    except ValueError as error:
+        if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    finally:
+        logger.setLevel(level)
 
 
 def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:

@@ -26,7 +26,7 @@ from orbq.compiled import Counted, configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, to_batch
 from orbq.devices import Layout
-from orbq.errors import OrbqError, PreemptedError
+from orbq.errors import OrbqError, PreemptedError, told_when_full
 from orbq.initial import check_apart, prepare_from, started_from
 from orbq.losses import Batch
 from orbq.models.potential import Params, make_potential
@@ -86,12 +86,12 @@ def fit(
 
     Raises InputError when the directory holds another run or a link out of it, or training.initial
     names none to begin from, PreemptedError after SIGTERM (a checkpoint is written), OrbqError when
-    the loss is not finite again and again.
+    the loss is not finite again and again, or the disk is full.
     """
     configure_jax(config)
     directory = Path(config.run.directory)
     check_apart(config)
-    with ExitStack() as held:
+    with told_when_full(directory), ExitStack() as held:
         begun = devices.main_decides(lambda: records.claim(directory, config, overwrite, held))
         return _fit(config, directory, begun, reporter)
 

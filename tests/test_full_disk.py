@@ -46,7 +46,7 @@ LIMITED = """
 import resource, sys
 from orbq.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-main(["preprocess", sys.argv[1], "--out", sys.argv[2], "--workers", "2"])
+main([*sys.argv[4:], sys.argv[1], "--out", sys.argv[2], "--workers", "2"])
 """
 
 
@@ -66,7 +66,7 @@ def expected(source, tmp_path_factory):
 def test_a_file_that_cannot_grow_is_told(source, expected, tmp_path, limit, read):
     """While structures are read, and when the room for their labels is reserved."""
     out = tmp_path / "set"
-    command = [sys.executable, "-c", LIMITED, str(source), str(out), str(limit)]
+    command = [sys.executable, "-c", LIMITED, str(source), str(out), str(limit), "preprocess"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     message = " ".join(done.stderr.split())
@@ -74,6 +74,19 @@ def test_a_file_that_cannot_grow_is_told(source, expected, tmp_path, limit, read
     assert "Traceback" not in done.stderr
     assert (out / ".job" / "staged.json").exists() == read
     assert fingerprint(preprocess([source], out, resources=TWO).path) == expected
+
+
+def test_a_sample_that_cannot_grow_is_told(source, tmp_path):
+    """While a trajectory is written."""
+    out = tmp_path / "sample.extxyz"
+    command = [sys.executable, "-c", LIMITED, str(source), str(out), "500", "sample"]
+    options = ["--trajectories", "1", "--frames", "9", "--before", "1", "--every", "1"]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "no room left on the disk (File too large); what is finished" in done.stderr
+    assert "not foreseen" not in done.stderr
 
 
 def namespace() -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Files of a run that are lost while it is stopped: made again, or the run is refused at once."""
+"""Files of a run that are lost while it is stopped, or cannot be written: made again, or told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training_runs import Listener, assert_same_run, config_of, copy_of, label
 
 import orbq
 from orbq import checkpoint
-from orbq.errors import InputError
+from orbq.errors import InputError, OrbqError
 from orbq.fit import fit
 
 pytestmark = pytest.mark.usefixtures("own_settings_of_jax")
@@ -91,3 +91,15 @@ def test_the_best_parameters_are_replaced(data, whole, stopped, damaged, finishe
     orbq.load(run)
     last = checkpoint.resumable(run / "checkpoints")[0]
     assert last.name == checkpoint.resumable(whole / "checkpoints")[0].name
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(data, whole, stopped, monkeypatch):
+    def full(self, *arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing [os_error_code='28']")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+        with pytest.raises(OrbqError, match=r"run: no room left on the disk \(No space left"):
+            fit(config_of(data, stopped))
+    fit(config_of(data, stopped))
+    assert_same_run(stopped, whole)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from orbq.errors import InputError, OrbqError
+from orbq.errors import InputError, OrbqError, told_when_full
 from orbq.orbitals import METHODS
 from orbq.preprocess import store, supervise, wire, xtb
 from orbq.preprocess.flat import release
@@ -30,7 +29,6 @@ from orbq.preprocess.store import Dataset
 from orbq.schema import MANIFEST, SCHEMA_VERSION
 
 __all__ = ["Progress", "Recipe", "Resources", "preprocess"]
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HERE = Resources()
 RELEASE_EVERY = 8  # chunks submitted: what was read of the mapped inputs is let go
 STALLED_SECONDS, STALLED_AGAIN_SECONDS = 30.0, 600.0  # without a result, before asking the pool why
@@ -93,7 +91,7 @@ def preprocess(
     identity = _identity(reader, recipe)
     if finished := _finished(work, identity):
         return finished
-    with _told_when_full(work.out):
+    with told_when_full(work.out):
         work.acquire()
         try:
             staged = _read(reader, work, recipe.method, identity, on_progress)
@@ -105,20 +103,6 @@ def preprocess(
         finally:
             work.release()
     return Dataset.open(work.out)
-
-
-@contextmanager
-def _told_when_full(out: Path) -> Iterator[None]:
-    """Turn the error of a full disk into one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise OrbqError(
-            f"{out}: no room left on the disk ({error.strerror}); what is finished is kept: "
-            "make room and run the same command again to go on"
-        ) from error
 
 
 def _progress(phase: str, staged: Staged, ledger: Ledger) -> Progress:

@@ -26,7 +26,7 @@ import numpy as np
 from ase import Atoms
 from ase.io.extxyz import write_xyz
 
-from orbq.errors import InputError
+from orbq.errors import InputError, told_when_full
 from orbq.orbitals import METHODS
 from orbq.preprocess import store
 from orbq.preprocess.check import check
@@ -84,7 +84,7 @@ def sample(
     reader = Reader(find_sources(inputs), keys)
     starts, left_out = _starts(reader, sampling.method)
     place = out.with_name(out.name + PARTIAL)
-    with _workspace(place, _identity(reader, sampling)):
+    with told_when_full(out), _workspace(place, _identity(reader, sampling)):
         trajectories = _trajectories(starts, reader, sampling, place)
         _run_all(trajectories, sampling, resources, on_progress)
         ended = [found for one in trajectories if (found := one.ended())]

@@ -26,7 +26,7 @@ from orbq import __version__
 from orbq.compiled import configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, prepare, to_batch
-from orbq.errors import InputError
+from orbq.errors import InputError, told_when_full
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
@@ -71,7 +71,7 @@ def run_ablation(
     check_apart(config)
     if overwrite or not (directory / INITIAL).is_dir():
         check_initial(config)
-    with ExitStack() as held:
+    with told_when_full(directory), ExitStack() as held:
         _claim(directory, config, overwrite, held)
         return _train(with_own_copy(config, directory), directory, reporter)
 
