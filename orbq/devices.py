@@ -188,7 +188,7 @@ def wait_for_all(name: str) -> None:
 def main_first(work: Callable[[], T]) -> T:
     """What ``work`` returns in this process, which the main one does before the others begin.
 
-    If it fails in the main process with an OrbqError, that is raised in every process.
+    If it fails in the main process, that is raised there, and told in every other.
     """
     if jax.process_count() == 1:
         return work()
@@ -198,8 +198,9 @@ def main_first(work: Callable[[], T]) -> T:
         return work()
     try:
         result = work()
-    except OrbqError as error:
-        _said(str(error))
+    except Exception as error:
+        told = "" if isinstance(error, OrbqError) else f"{type(error).__name__}: "
+        _said(f"{told}{error}")
         raise
     _said("")
     return result

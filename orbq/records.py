@@ -24,7 +24,7 @@ from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Constants, Potential, smallest_graph
 from orbq.orbitals import GFN1
-from orbq.preprocess.links import refuse_links
+from orbq.preprocess.links import make_directory, refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
 from orbq.preprocess.store import write_atomically
@@ -145,7 +145,7 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
     Raises InputError when something else is in it, a link out of it, or another process at work.
     """
     place = directory.resolve()  # it may be a link, which stays
-    held = {path.name for path in directory.iterdir()} - _BEGUN if directory.exists() else set()
+    held = {path.name for path in directory.iterdir()} - _BEGUN if directory.is_dir() else set()
     if held:
         held_by.enter_context(alone_in(place))
     if overwrite and held:
@@ -164,8 +164,8 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
             f"{directory} holds a run of another configuration ({'; '.join(differences)}): "
             "choose another run.directory, or start anew with --overwrite (which deletes it)"
         )
-    place.mkdir(parents=True, exist_ok=True)
     if not held:
+        make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     return bool(held)
 

@@ -234,6 +234,20 @@ def test_processes_are_told_why_another_refused(data, tmp_path):
     assert all("not empty and holds no run" in text for text in told)
 
 
+def test_any_failure_of_the_main_process_is_told_to_the_others(monkeypatch):
+    """Also one that was not foreseen: they would wait for minutes, and end with another message."""
+    said = []
+    monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices, "_said", said.append)
+
+    def fail():
+        raise PermissionError(13, "Permission denied", "runs")
+
+    with pytest.raises(PermissionError):
+        devices.main_first(fail)
+    assert said == ["PermissionError: [Errno 13] Permission denied: 'runs'"]
+
+
 # --------------------------------------------------------------------------- accumulation
 
 

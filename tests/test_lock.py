@@ -1,12 +1,14 @@
-"""A run and an ablation have one writer: a second process is refused, and changes nothing."""
+"""A run and an ablation have one writer, in a directory that can be written to; else they are
+refused, and change nothing."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import config_of, label, records, settings_put_back
@@ -67,3 +69,26 @@ def test_a_second_process_of_an_ablation_is_refused(data: Path, tmp_path: Path) 
             with pytest.raises(InputError, match=r"another process is training in .*grid"):
                 run_ablation(config, overwrite=overwrite)
         assert [p.name for p in place.iterdir()] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize("begin", [fit, run_ablation])
+@pytest.mark.parametrize(
+    ("name", "told"), [("file", "is a file: name another"), ("file/run", "cannot be made")]
+)
+def test_a_directory_that_cannot_be_made_is_named(
+    data: Path, tmp_path: Path, begin: Callable[[Config], Any], name: str, told: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    config: Config = config_of(data, tmp_path / name, training={"pretrain_steps": 0})
+    table = config.ablation.model_copy(update={"targets": ("atomic",), "weights": (0.0, 1.0)})
+    with settings_put_back(), pytest.raises(InputError, match=f"run.directory .*{told}"):
+        begin(config.model_copy(update={"ablation": table}))
+
+
+def test_a_directory_behind_a_dangling_link_is_made(data: Path, tmp_path: Path) -> None:
+    """As on the first day of a scratch disk."""
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    config = config_of(data, tmp_path / "run", data={"n_train": 999})  # refused after that
+    with settings_put_back(), pytest.raises(InputError, match="n_train"):
+        fit(config)
+    assert (tmp_path / "scratch").is_dir()

@@ -31,13 +31,18 @@ def refuse_links(
 
 
 def make_directory(directory: Path, option: str) -> None:
-    """Make what the option names, with its parents; raises InputError where that cannot be."""
+    """Make what the option names, with its parents; raises InputError where that cannot be, or
+    nothing can be written there."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{option} {directory} is a file: name another")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{option} {directory}: the directory cannot be made ({error.strerror}); name another"
         ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {directory}: nothing can be written there; name another")
 
 
 def _links(directory: Path, written: Sequence[str], foreign: Sequence[str]) -> Iterator[Path]:

@@ -31,7 +31,7 @@ from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
-from orbq.preprocess.links import refuse_links
+from orbq.preprocess.links import make_directory, refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.study.plan import Program, RunSpec, fingerprint, make_plan
 from orbq.study.program import Training, Unwatched, Watcher
@@ -143,7 +143,7 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
     """Make sure that ``directory`` is free, or holds this very ablation, and no link out of it. It
     is then ours alone until ``held_by`` is closed."""
     place = directory.resolve()  # it may be a link, which stays
-    held = {p.name for p in directory.iterdir()} if directory.exists() else set()
+    held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     if held and not held & _OWN:
         raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
     if held:
@@ -163,8 +163,8 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
                 f"{directory} holds an ablation of another configuration: choose another "
                 "run.directory, or start anew with --overwrite (which deletes it)"
             )
-    place.mkdir(parents=True, exist_ok=True)
     if not held:
+        make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     document = {
         "orbq_version": __version__,
