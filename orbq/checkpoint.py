@@ -123,6 +123,13 @@ def restore(directory: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     return serialization.from_state_dict(template, found), meta
 
 
+def meta_of(directory: Path) -> dict[str, Any]:
+    """What was saved with a checkpoint; raises OrbqError naming the first file that is damaged."""
+    meta = _compared(directory)
+    meta.pop(_DIGEST, None)
+    return meta
+
+
 def is_whole(directory: Path) -> bool:
     """Whether a checkpoint is there with every file as it was written."""
     try:

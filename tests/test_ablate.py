@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from tiny_run import MODEL, complexes
 
+from orbq import checkpoint
 from orbq.ablate import grid, keep_best, start_selection
 from orbq.config import Config, parse_config
 from orbq.errors import InputError
 from orbq.preprocess.label import Resources, preprocess
+from orbq.study import program as at_work
 from orbq.study import run_ablation
-from orbq.study.plan import BASELINE, fingerprint, make_plan, settings_of
+from orbq.study.plan import BASELINE, Program, fingerprint, make_plan, settings_of
 from orbq.study.program import Training
 from orbq.study.report import PAGE, rows_of, write_report
 from orbq.study.run import PROGRAMS, RESULTS, read_results
@@ -287,3 +289,46 @@ def test_a_killed_ablation_goes_on_and_ends_with_the_same_numbers(
     np.testing.assert_array_equal(rows["shell"].errors, errors)
     assert rows["shell"].reduction is not None
     assert BASELINE in summary
+
+
+class _Stop(at_work.Unwatched):
+    """Ends a program after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def stepped(self, program: Program, step: int, n_steps: int) -> None:
+        if step >= self.steps:
+            raise KeyboardInterrupt
+
+
+def test_a_program_goes_on_on_another_number_of_devices(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs on two devices, then on three, which are filled up with a copy of the last."""
+    (plan,) = make_plan(config(dataset, ablation={"seeds": [0]}))
+    whole = Training(plan)
+    with pytest.raises(KeyboardInterrupt):
+        Training(plan, tmp_path, _Stop(8), whole.data).run()
+    padded = at_work._padded
+    monkeypatch.setattr(at_work, "_padded", lambda runs, n: padded(runs, 3))
+    resumed = Training(plan, tmp_path, _Stop(99), whole.data)
+    resumed._begin()
+    assert (resumed.place.step, len(resumed.place.runs)) == (4, 3)
+    for a, b in zip(resumed.run(), whole.run(), strict=True):
+        assert (a["test"], a["curve"]) == (b["test"], b["curve"])
+
+
+def test_a_damaged_checkpoint_of_a_program_is_told(dataset: Path, tmp_path: Path) -> None:
+    (plan,) = make_plan(config(dataset, ablation={"seeds": [0]}))
+    with pytest.raises(KeyboardInterrupt):
+        Training(plan, tmp_path, _Stop(12)).run()
+    newest, earlier = checkpoint.resumable(tmp_path / "checkpoints")
+    (newest / "_METADATA").write_text("")
+    with pytest.warns(
+        UserWarning, match=rf"_METADATA has 0 bytes(.|\n)*goes on from .*{earlier.name}"
+    ):
+        Training(plan, tmp_path)._begin()
+    (earlier / "_METADATA").write_text("")
+    with pytest.warns(UserWarning, match=r"_METADATA has 0 bytes(.|\n)*it begins anew"):
+        Training(plan, tmp_path)._begin()

@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,20 +152,8 @@ class Training:
     def _begin(self) -> None:
         keys = jnp.stack([jax.random.key(run.seed) for run in self.runs])
         first = to_batch(self._packer(self.stages[0].pool).batch(np.arange(1)))
-        shapes = jax.eval_shape(self.init, keys, first)
-        for found in checkpoint.resumable(self.checkpoints) if self.checkpoints else []:
-            template = {
-                "state": shapes,
-                "selection": jax.eval_shape(start_selection, shapes.params),
-            }
-            try:
-                tree, meta = checkpoint.restore(found, template)
-            except OrbqError:  # damaged, or of a program of other runs: an older one or none
-                continue
-            if meta["runs"] == self.place.runs:
-                self.place = Place(**meta)
-                self.state, self.selection = (self._spread(tree[n]) for n in ("state", "selection"))
-                return
+        if self._restored(first):
+            return
         # parameters are drawn run by run: one seed has one set of them, bit for bit, and all runs
         # have those of the initial run if there is one
         init = jax.jit(lambda key, batch: jax.tree.map(lambda x: x[0], self.init(key, batch)))
@@ -177,6 +165,36 @@ class Training:
         states = [drawn[run.seed] for run in self.runs]
         self.state = self._spread(jax.tree.map(lambda *x: jnp.stack(x), *states))
         self.selection = self._spread(start_selection(jax.tree.map(jnp.copy, self.state.params)))
+
+    def _restored(self, batch: Batch) -> bool:
+        """Take up the newest good checkpoint; whether there is one. Warn where none is good."""
+        reasons = []
+        for found in checkpoint.resumable(self.checkpoints) if self.checkpoints else []:
+            try:
+                runs = checkpoint.meta_of(found)["runs"]
+                rows = _rows(found, runs, self.runs)
+                tree, meta = checkpoint.restore(found, self._template(len(runs), batch))
+            except OrbqError as error:
+                reasons.append(f"{self.program.name}: {error}")
+                continue
+            self.place = _of_rows(Place(**meta), rows)
+            own = np.array(rows)
+            tree = self._spread(jax.tree.map(lambda x, own=own: x[own], tree))
+            self.state, self.selection = tree["state"], tree["selection"]
+            self._told(reasons, f"it goes on from {found}")
+            return True
+        self._told(reasons, "it begins anew")
+        return False
+
+    def _told(self, reasons: list[str], instead: str) -> None:
+        if reasons:
+            warnings.warn("\n".join([*reasons, instead]), stacklevel=2)
+
+    def _template(self, n_runs: int, batch: Batch) -> dict[str, Any]:
+        """Shapes of what a checkpoint of so many runs holds."""
+        keys = jnp.stack([jax.random.key(0)] * n_runs)
+        state = jax.eval_shape(self.init, keys, batch)
+        return {"state": state, "selection": jax.eval_shape(start_selection, state.params)}
 
     def _run_stage(self, stage: Stage, step: Any) -> None:
         training, p = self.program.config.training, self.place
@@ -318,6 +336,29 @@ class Training:
                 }
             )
         return records
+
+
+def _rows(found: Path, stored: list[list[Any]], runs: list[RunSpec]) -> list[int]:
+    """Where the runs are in a checkpoint; raises OrbqError when one is not."""
+    try:
+        return [stored.index(list(run)) for run in runs]
+    except ValueError as error:
+        raise OrbqError(f"checkpoint {found} is of other runs") from error
+
+
+def _of_rows(place: Place, rows: list[int]) -> Place:
+    """The place of some runs of a program: on other devices it is filled up with other copies."""
+
+    def chosen(values: list[Any]) -> list[Any]:
+        return [values[row] for row in rows] if values else []
+
+    lists = ("validation", "loss")
+    return replace(
+        place,
+        runs=chosen(place.runs),
+        loss_sums=chosen(place.loss_sums),
+        curve=[point | {name: chosen(point[name]) for name in lists} for point in place.curve],
+    )
 
 
 def _padded(runs: tuple[RunSpec, ...], n_devices: int) -> list[RunSpec]:
