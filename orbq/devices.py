@@ -8,6 +8,8 @@ give the same update on any number of devices, to rounding.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -242,6 +244,20 @@ def total(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     gathered = multihost_utils.process_allgather(dict(sums))
     return {name: np.asarray(values).sum(0) for name, values in gathered.items()}
+
+
+@contextmanager
+def term_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which then no longer ends the process at once."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_stop(asked: Callable[[], bool]) -> Callable[[int], bool]:

@@ -8,11 +8,9 @@ whole state, so that a resumed run ends with the same parameters, bit for bit, o
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
@@ -112,22 +110,8 @@ def _fit(config: Config, directory: Path, begun: bool, reporter: Reporter | None
             f"{layout.n_idle} devices stay idle: an update of {layout.parts} batches is shared by "
             f"{layout.n_devices}; training.batches_per_update is fixed when a run is begun"
         )
-    with _term_signal() as asked, devices.told_when_memory_is_short(layout, data.budget):
+    with devices.term_signal() as asked, devices.told_when_memory_is_short(layout, data.budget):
         return _Loop(config, directory, data, layout, told, devices.make_stop(asked)).run()
-
-
-@contextmanager
-def _term_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, which then no longer ends the process at once."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield came.is_set
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Loop:

@@ -20,14 +20,14 @@ from tiny_run import MODEL, complexes
 from orbq import checkpoint
 from orbq.ablate import grid, keep_best, start_selection
 from orbq.config import Config, parse_config
-from orbq.errors import InputError
+from orbq.errors import InputError, PreemptedError
 from orbq.preprocess.label import Resources, preprocess
 from orbq.study import program as at_work
 from orbq.study import run_ablation
 from orbq.study.plan import BASELINE, Program, fingerprint, make_plan, settings_of
 from orbq.study.program import Training
 from orbq.study.report import PAGE, rows_of, write_report
-from orbq.study.run import PROGRAMS, RESULTS, read_results
+from orbq.study.run import PROGRAMS, RESULTS, Silent, read_results
 from orbq.train import Hyper
 
 
@@ -332,3 +332,22 @@ def test_a_damaged_checkpoint_of_a_program_is_told(dataset: Path, tmp_path: Path
     (earlier / "_METADATA").write_text("")
     with pytest.warns(UserWarning, match=r"_METADATA has 0 bytes(.|\n)*it begins anew"):
         Training(plan, tmp_path)._begin()
+
+
+def test_sigterm_keeps_everything_of_an_ablation(dataset: Path, tmp_path: Path) -> None:
+    """The checkpoint is of the very step; the same command ends with the same numbers."""
+
+    class Sender(Silent):
+        def stepped(self, program: Program, step: int, n_steps: int) -> None:
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    sections = {"ablation": {"seeds": [0]}, "training": {"checkpoint_every": 100}}
+    with pytest.raises(PreemptedError, match=r"SIGTERM at step 8 .*same command") as told:
+        run_ablation(config(dataset, tmp_path / "a", **sections), reporter=Sender())
+    assert told.value.exit_status == 143
+    assert [p.name for p in (tmp_path / "a").glob("programs/*/*/*")] == ["step_000000008"]
+    stopped = run_ablation(config(dataset, tmp_path / "a", **sections))
+    whole = run_ablation(config(dataset, tmp_path / "b", **sections))
+    for a, b in zip(stopped, whole, strict=True):
+        assert (a["test"], a["curve"]) == (b["test"], b["curve"])

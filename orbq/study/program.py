@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from orbq.ablate import (
     start_selection,
 )
 from orbq.data import TrainingData, make_packer, to_batch
-from orbq.errors import InputError, OrbqError
+from orbq.errors import InputError, OrbqError, PreemptedError
 from orbq.initial import prepare_from, started_from
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
@@ -101,9 +101,11 @@ class Training:
         directory: Path | None = None,
         watcher: Watcher | None = None,
         data: TrainingData | None = None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """directory: for checkpoints; None for none. data: None to prepare it."""
-        self.program, self.watcher = program, watcher or Unwatched()
+        """directory: for checkpoints; None for none. data: None to prepare it. asked: whether to
+        stop before the next step."""
+        self.program, self.watcher, self.asked = program, watcher or Unwatched(), asked
         self.checkpoints = directory / "checkpoints" if directory else None
         self.data = data or prepare_from(program.config)
         _require_energies(self.data)
@@ -134,7 +136,8 @@ class Training:
         """Train to the end, from the newest checkpoint if there is one.
 
         Returns a record of every run: its specification, the step and the errors of its best
-        validation, the test errors of those parameters, and what was spent.
+        validation, the test errors of those parameters, and what was spent. Raises PreemptedError
+        when asked to stop; a checkpoint is written.
         """
         self._begin()
         for index in range(self.place.stage, len(self.stages)):
@@ -206,6 +209,14 @@ class Training:
             for epoch, number, batch in batches:
                 if p.step >= stage.n_steps or self._stopped(training.patience):
                     break
+                if self.asked():
+                    self._settle(pending)
+                    self._save()
+                    raise PreemptedError(
+                        f"stopped by SIGTERM at step {p.step} of stage {stage.name!r} of program "
+                        f"{self.program.name}; everything is kept: run the same command again to "
+                        "go on"
+                    )
                 self.state, metrics = step(self.state, batch, hyper)
                 pending.append(metrics["loss"])
                 p.step, p.epoch, p.batch = p.step + 1, epoch, number + 1

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from orbq import __version__
 from orbq.compiled import configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, prepare, to_batch
+from orbq.devices import term_signal
 from orbq.errors import InputError, told_when_full
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.lock import alone_in
@@ -63,7 +64,8 @@ def run_ablation(
 
     overwrite: delete the records and start anew. Raises InputError when the directory holds
     something else, a link out of it, or an ablation of another configuration, and for a
-    training.initial that the runs cannot begin from.
+    training.initial that the runs cannot begin from; PreemptedError after SIGTERM (a checkpoint is
+    written).
     """
     configure_jax(config)
     reporter, directory = reporter or Silent(), Path(config.run.directory)
@@ -71,19 +73,21 @@ def run_ablation(
     check_apart(config)
     if overwrite or not (directory / INITIAL).is_dir():
         check_initial(config)
-    with told_when_full(directory), ExitStack() as held:
+    with told_when_full(directory), ExitStack() as held, term_signal() as asked:
         _claim(directory, config, overwrite, held)
-        return _train(with_own_copy(config, directory), directory, reporter)
+        return _train(with_own_copy(config, directory), directory, reporter, asked)
 
 
-def _train(config: Config, directory: Path, reporter: Reporter) -> list[dict[str, Any]]:
+def _train(
+    config: Config, directory: Path, reporter: Reporter, asked: Callable[[], bool]
+) -> list[dict[str, Any]]:
     """All records, those of the runs that had none yet added."""
     done = read_results(directory)
     pending = pending_programs(config, done)
     reporter.planned(pending, len(done))
     for program in pending:
         place = directory / PROGRAMS / program.name
-        records = Training(program, place, reporter).run()
+        records = Training(program, place, reporter, asked=asked).run()
         where = provenance()
         records = [record | {"provenance": where} for record in records]
         _append(directory / RESULTS, records)
