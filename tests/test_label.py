@@ -211,6 +211,36 @@ def test_two_jobs_do_not_share_a_directory(tmp_path):
     assert len(preprocess(molecules(), tmp_path / "set", resources=ONE)) == 10
 
 
+def test_a_job_that_another_process_has_just_finished_is_not_begun_again(tmp_path, monkeypatch):
+    """Between a look for the manifest and the lock: the finished arrays are not touched."""
+    from orbq.preprocess.job import Workspace
+
+    out, acquire = tmp_path / "set", Workspace.acquire
+
+    def late(work):
+        monkeypatch.setattr(Workspace, "acquire", acquire)
+        preprocess(molecules(), out, resources=ONE)
+        acquire(work)
+
+    monkeypatch.setattr(Workspace, "acquire", late)
+    monkeypatch.setattr("orbq.preprocess.label._read", _only_once(monkeypatch))
+    assert len(preprocess(molecules(), out, resources=ONE)) == 10
+    assert not (out / ".job").exists()
+    assert len(preprocess(molecules(), out, resources=ONE)) == 10
+
+
+def _only_once(monkeypatch):
+    from orbq.preprocess import label
+
+    real = label._read
+
+    def read(*arguments):
+        monkeypatch.setattr(label, "_read", lambda *again: pytest.fail("it is read again"))
+        return real(*arguments)
+
+    return read
+
+
 def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path, monkeypatch):
     from orbq.preprocess import job
 

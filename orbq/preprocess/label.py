@@ -94,6 +94,8 @@ def preprocess(
     with told_when_full(work.out):
         work.acquire()
         try:
+            if (work.out / MANIFEST).is_file():  # by another process, before the directory was ours
+                return _taken_from(work, identity)
             staged = _read(reader, work, recipe.method, identity, on_progress)
             ledger = _label(work, staged, recipe, resources, on_progress)
             on_progress(_progress("store", staged, ledger))
@@ -156,10 +158,16 @@ def _finished(work: Workspace, identity: dict[str, Any]) -> Dataset | None:
     """The data set in ``out`` if this very job has finished there, None if there is none."""
     if not (work.out / MANIFEST).is_file():
         return None
-    manifest = store.read_manifest(work.out)
-    _same_job(work.out, manifest.get("job", {}), identity)
+    _same_job(work.out, store.read_manifest(work.out).get("job", {}), identity)
     if work.state.is_dir():  # killed between the manifest and the last removal
         work.acquire()
+    return _taken_from(work, identity)
+
+
+def _taken_from(work: Workspace, identity: dict[str, Any]) -> Dataset:
+    """The finished data set in ``out``, without what is left of the state of its job."""
+    _same_job(work.out, store.read_manifest(work.out).get("job", {}), identity)
+    if work.state.is_dir():
         work.finish()
     return Dataset.open(work.out)
 
