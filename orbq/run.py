@@ -36,7 +36,7 @@ from orbq.models.potential import (
     smallest_graph,
 )
 from orbq.orbitals import GFN1, SYMBOLS
-from orbq.preprocess.check import check
+from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import near_origin
 from orbq.preprocess.form import read_json
 from orbq.preprocess.frames import Source
@@ -140,10 +140,7 @@ class Run:
                 f"element {', '.join(map(_symbol, unknown))} was not in the training data "
                 f"of this run, which knows {', '.join(SYMBOLS[z] for z in self.elements)}"
             )
-        bare = structure._replace(energy=None, forces=None, stress=None, dft_charges=None)
-        if structure.pbc.any() and not structure.pbc.all():  # a slab: only xTB must know it whole
-            bare = bare._replace(pbc=np.zeros(3, bool))
-        if reason := check(bare):
+        if reason := check_predicted(structure):
             raise InputError(f"the structure cannot be used: {reason}")
         self._warn_of_state(structure)
         return structure

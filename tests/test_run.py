@@ -82,6 +82,28 @@ def test_structures_that_are_refused(run, atoms, message):
 
 
 @pytest.mark.parametrize(
+    ("pbc", "cell", "message"),
+    [
+        ((1, 1, 0), (3, 3, 0), "atoms 0 and 1 are 0.000 Å apart"),
+        ((1, 0, 0), (3, 0, 0), "atoms 0 and 1 are 0.000 Å apart"),
+        ((0, 1, 0), (0, 0.3, 0), "0.3 Å thin"),
+        ((1, 1, 0), (3, 0, 9), "span no volume"),
+    ],
+)
+def test_copies_across_a_periodic_face_of_a_slab(run, pbc, cell, message):
+    """They add to no force, and so would not be seen in the result."""
+    atoms = ase.Atoms("O2", [[0, 0, 5], [3, 0, 5]], cell=cell, pbc=pbc)
+    with pytest.raises(InputError, match=message):
+        run.structure(atoms)
+
+
+def test_a_slab_of_one_layer_and_a_wire_are_structures(run):
+    for pbc in ((1, 1, 0), (0, 0, 1)):
+        atoms = ase.Atoms("O2", [[0, 0, 0], [1.5, 0, 0]], cell=(3, 3, 3), pbc=pbc)
+        assert run.structure(atoms).pbc.tolist() == [bool(p) for p in pbc]
+
+
+@pytest.mark.parametrize(
     ("atoms", "batch_size", "message"),
     [
         ("water.xyz", 16, "'water.xyz' is no structure"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from orbq import orbitals
+from orbq.errors import InputError
 from orbq.schema import Structure
 
 # The shortest equilibrium bond is that of H2, 0.741 Å (Huber and Herzberg, Constants of Diatomic
@@ -28,6 +29,18 @@ def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
         if reason := test(structure):
             return reason
     return _electrons(structure, method)
+
+
+def check_predicted(structure: Structure) -> str | None:
+    """As ``check``, for a structure that is not labelled: its labels are not looked at, and a slab
+    or a wire is as good as a crystal. Raises InputError as ``enclosing_box`` does."""
+    bare = structure._replace(energy=None, forces=None, stress=None, dft_charges=None)
+    if bare.pbc.any() and not bare.pbc.all():
+        if reason := _lengths(bare) or _finite(bare):
+            return reason
+        box, _ = enclosing_box(bare.positions, bare.cell, bare.pbc)
+        bare = bare._replace(cell=box, pbc=np.ones(3, bool))
+    return check(bare)
 
 
 def _lengths(s: Structure) -> str | None:
@@ -181,6 +194,28 @@ def closest_pair(
 def heights(cell: np.ndarray) -> np.ndarray:
     """Distances [3] (Å) between opposite faces of the cell."""
     return 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+
+
+def enclosing_box(
+    positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cell [3, 3] Å, in open directions as wide as the atoms and 1 Å more, and its origin [3].
+
+    Raises InputError for periodic directions whose lattice vectors span no volume.
+    """
+    from ase.geometry import complete_cell
+
+    if np.linalg.matrix_rank(cell[pbc]) < pbc.sum():
+        raise InputError(
+            f"periodic in {pbc.tolist()} but the lattice vectors {cell.tolist()} Å span no volume:"
+            " give a cell, or switch periodicity off"
+        )
+    full = complete_cell(np.where(pbc[:, None], cell, 0.0))
+    fractional = positions @ np.linalg.inv(full)
+    low, high = fractional.min(0), fractional.max(0)
+    # open directions: a box that holds every atom, so that no atom lies outside the cell list
+    box = np.where(pbc, 1.0, high - low + 1.0)[:, None] * full
+    return box, np.where(pbc, 0.0, low) @ full
 
 
 def _with_images(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
-from orbq.preprocess.check import heights
+from orbq.preprocess.check import enclosing_box, heights
 from orbq.preprocess.flat import ragged_rows
 
 DENSE_LIMIT = 256  # atoms; the cell list overtakes the distance matrix between 300 and 500
@@ -74,23 +74,12 @@ def cell_list(
     positions: np.ndarray, cutoff: float, cell: np.ndarray, pbc: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Senders, receivers [E] int32 and images [E, 3] int of one structure, by matscipy."""
-    from ase.geometry import complete_cell
     from matscipy.neighbours import neighbour_list
 
     if len(positions) == 0:
         return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 3), np.int32)
-    full = complete_cell(np.where(pbc[:, None], cell, 0.0))
-    if np.linalg.matrix_rank(cell[pbc]) < pbc.sum():
-        raise InputError(
-            f"periodic in {pbc.tolist()} but the lattice vectors {cell.tolist()} Å span no volume:"
-            " give a cell, or switch periodicity off"
-        )
-    fractional = positions @ np.linalg.inv(full)
-    low, high = fractional.min(0), fractional.max(0)
-    # open directions: a box that holds every atom, so that no atom lies outside the cell list
-    box = np.where(pbc, 1.0, high - low + 1.0)[:, None] * full
+    box, origin = enclosing_box(positions, cell, pbc)
     _check_box(box, pbc, cutoff)
-    origin = np.where(pbc, 0.0, low) @ full
     i, j, images = neighbour_list(
         "ijS", positions=positions, cell=box, pbc=pbc, cutoff=cutoff, cell_origin=origin
     )
