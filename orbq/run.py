@@ -101,7 +101,8 @@ class Run:
         """Positions [N, 3] (Å) and graph of one structure, without padding.
 
         ``charge`` and ``spin_multiplicity`` are read from ``atoms.info`` (default: neutral; lowest
-        spin of the electron count). Raises InputError for an element the run was not trained on.
+        spin of the electron count; any is taken of a periodic structure). Raises InputError for an
+        element the run was not trained on.
         """
         return self._graph(self.structure(atoms), dtype)
 
@@ -147,14 +148,16 @@ class Run:
 
     def _warn_of_state(self, structure: Structure) -> None:
         """Once for every total charge and multiplicity that no training structure had."""
-        states = self.info.get("states", {})
-        for name in ("total_charge", "spin_multiplicity"):
+        states, crystal = self.info.get("states", {}), bool(structure.pbc.any())
+        spin_matters = self.potential.architecture.embed_spin or not crystal
+        for name in ("total_charge", "spin_multiplicity")[: 1 + spin_matters]:
             value, seen = int(getattr(structure, name)), states.get(name)
             if seen and value not in seen and (name, value) not in self._warned:
                 self._warned.add((name, value))
                 warnings.warn(
                     f"no training structure had a {name.replace('_', ' ')} of {value} (but "
-                    f"{', '.join(map(str, seen))}): the network does not know what it changes",
+                    f"{', '.join(map(str, seen))}): the network does not know what it changes"
+                    + (f"; atoms.info[{name!r}] sets it" if crystal else ""),
                     stacklevel=3,
                 )
 

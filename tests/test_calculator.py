@@ -120,6 +120,21 @@ def test_supercell_has_equal_energy_per_atom_and_stress(calculator):
     np.testing.assert_allclose(large.get_stress(), reference[1], atol=1e-12)
 
 
+def test_a_crystal_may_have_any_multiplicity(calculator):
+    """The lowest one of a cell goes with its number of electrons, odd or even, and so would the
+    energy of each atom, where a network has been told of spins."""
+    one = ase.Atoms("N", cell=(2.3, 2.4, 2.5), pbc=True)
+    one.info["spin_multiplicity"] = 1
+    two = one.repeat((2, 1, 1))
+    energies = [energy_with(calculator)(atoms) for atoms in (one, two)]
+    assert energies[1] == pytest.approx(2 * energies[0], abs=1e-9)
+    one.info.clear()
+    assert abs(energy_with(calculator)(one) - energies[0]) > 1e-4
+    one.info["spin_multiplicity"] = 0
+    with pytest.raises(InputError, match="multiplicity is 0"):
+        energy_with(calculator)(one)
+
+
 def test_equals_the_run_in_float32(run):
     atoms = ethanol()
     atoms.info["charge"] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import ase
 import jax
@@ -101,6 +102,20 @@ def test_a_slab_of_one_layer_and_a_wire_are_structures(run):
     for pbc in ((1, 1, 0), (0, 0, 1)):
         atoms = ase.Atoms("O2", [[0, 0, 0], [1.5, 0, 0]], cell=(3, 3, 3), pbc=pbc)
         assert run.structure(atoms).pbc.tolist() == [bool(p) for p in pbc]
+
+
+@pytest.mark.parametrize("embed_spin", [True, False])
+def test_a_crystals_multiplicity_is_told_where_it_matters(embed_spin):
+    seen = {"states": {"total_charge": [0], "spin_multiplicity": [1]}}
+    run = random_run((), embed_spin=embed_spin)
+    run = orbq.Run(run.potential, run.params, run.config, run.references, seen)
+    crystal = ase.Atoms("N", cell=(2, 2, 2), pbc=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.structure(crystal)
+    assert [r"atoms.info['spin_multiplicity'] sets it" in str(w.message) for w in told] == (
+        [True] * embed_spin
+    )
 
 
 @pytest.mark.parametrize(

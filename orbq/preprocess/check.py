@@ -32,9 +32,13 @@ def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
 
 
 def check_predicted(structure: Structure) -> str | None:
-    """As ``check``, for a structure that is not labelled: its labels are not looked at, and a slab
-    or a wire is as good as a crystal. Raises InputError as ``enclosing_box`` does."""
+    """As ``check``, for a structure that is not labelled: its labels are not looked at, a slab or a
+    wire is as good as a crystal, and a periodic structure may have any multiplicity, as there are
+    no electrons to count in one cell. Raises InputError as ``enclosing_box`` does."""
     bare = structure._replace(energy=None, forces=None, stress=None, dft_charges=None)
+    if bare.pbc.any() and bare.spin_multiplicity >= 1:
+        n_electrons = int(bare.numbers.sum()) - bare.total_charge
+        bare = bare._replace(spin_multiplicity=1 + n_electrons % 2)
     if bare.pbc.any() and not bare.pbc.all():
         if reason := _lengths(bare) or _finite(bare):
             return reason
