@@ -107,6 +107,8 @@ class Calculator(AseCalculator):
         dipole moment of a periodic one.
         """
         super().calculate(atoms, properties, system_changes)
+        if system_changes:  # called by hand, it has not been reset: nothing of another structure
+            self.results = {}
         assert self.atoms is not None  # super() has set it
         structure = self.run.structure(self.atoms)
         wanted = set(properties)

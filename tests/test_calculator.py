@@ -169,6 +169,15 @@ def test_charges_only_when_asked_for(run):
     assert "energy" in atoms.calc.results  # kept beside them
 
 
+def test_calculate_by_hand_keeps_nothing_of_another_structure(calculator):
+    calculator.calculate(ethanol(), ["charges"])
+    small = molecule("CH4")
+    calculator.calculate(small, ["energy"])
+    assert {"charges", "dipole"}.isdisjoint(calculator.results)
+    assert calculator.get_property("charges", small).shape == (5,)
+    assert calculator.results["forces"].shape == (5, 3)  # of the same structure: kept
+
+
 @pytest.mark.parametrize("charge", [0, 1])
 def test_dipole_of_the_atomic_charges(calculator, charge):
     atoms = ethanol()
