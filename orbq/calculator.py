@@ -94,6 +94,13 @@ class Calculator(AseCalculator):
             changes.append("info")
         return changes
 
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:
+        """As ASE's. Raises PropertyNotImplementedError with the reason, where there is one."""
+        self._require([name])
+        return super().get_property(name, atoms, allow_calculation)
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -103,9 +110,10 @@ class Calculator(AseCalculator):
         """Compute ``properties`` of ``atoms`` into ``results``.
 
         Raises InputError for a structure that the run cannot take, PropertyNotImplementedError for
-        charges without a charge target, the stress of a structure that is not a crystal, or the
-        dipole moment of a periodic one.
+        charges without a charge target, energies that were never taught, the stress of a structure
+        that is not a crystal, or the dipole moment of a periodic one.
         """
+        self._require(properties)
         super().calculate(atoms, properties, system_changes)
         if system_changes:  # called by hand, it has not been reset: nothing of another structure
             self.results = {}
@@ -131,6 +139,19 @@ class Calculator(AseCalculator):
 
     # ------------------------------------------------------------------ calculations
 
+    def _require(self, properties: Sequence[str]) -> None:
+        """Raise PropertyNotImplementedError for what the run was not trained to give."""
+        if self.charge_target is None and not set(FROM_CHARGES).isdisjoint(properties):
+            raise PropertyNotImplementedError(
+                "this run was trained without a charge target: charges need one of "
+                f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
+            )
+        if not self.run.taught_energy and not set(IMPLEMENTED).isdisjoint(properties):
+            raise PropertyNotImplementedError(
+                "the run was taught neither energies nor forces, only xTB labels: ask for its "
+                "charges, or train one with loss.weights.energy above 0"
+            )
+
     def _energy(self, structure: Structure) -> None:
         name = "stress" if self._with_stress else "forces"
         energy, forces, *stress = self._call(name, structure)
@@ -144,11 +165,7 @@ class Calculator(AseCalculator):
             self.results["stress"] = voigt(stress[0][0])
 
     def _charges(self, structure: Structure) -> None:
-        if self.charge_target is None:
-            raise PropertyNotImplementedError(
-                "this run was trained without a charge target: charges need one of "
-                f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
-            )
+        assert self.charge_target is not None  # _require has seen to it
         values = np.asarray(self._call("charges", structure), np.float64)
         charges = atomic_charges(self.charge_target, values)[: len(structure.numbers)]
         self.results["charges"] = charges

@@ -208,6 +208,8 @@ def test_what_the_run_lacks_is_not_implemented():
     for absent in (atoms.get_charges, atoms.get_dipole_moment, atoms.get_magnetic_moments):
         with pytest.raises(PropertyNotImplementedError):
             absent()
+    with pytest.raises(PropertyNotImplementedError, match="without a charge target"):
+        atoms.get_charges()
     with pytest.raises(PropertyNotImplementedError, match="periodic"):
         atoms.get_stress()
 

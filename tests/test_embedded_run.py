@@ -67,6 +67,8 @@ def test_what_it_was_not_taught_is_not_given(run: orbq.Run) -> None:
     assert calculator.implemented_properties == ["charges", "dipole"]
     with pytest.raises(NotImplementedError):
         calculator.get_property("energy", atoms)
+    with pytest.raises(NotImplementedError, match="neither energies nor forces"):
+        calculator.calculate(atoms)  # by hand, ASE looks at no list
     assert abs(calculator.get_property("charges", atoms).sum() - atoms.info["charge"]) < 1e-4
 
 
