@@ -52,7 +52,8 @@ class Calculator(AseCalculator):
     ``spin_multiplicity``) as ``Run.structure`` does; a change of them is noticed. Charges are
     computed only when asked for, the stress from the first time it is asked for on. The dipole
     moment is that of the atomic charges as points, about the centre of mass (which matters only
-    for an ion), of structures that are not periodic.
+    for an ion), of structures that are not periodic. It can be pickled, to be used in other
+    processes; ``copy.deepcopy`` shares what is compiled, where each image of a path needs its own.
 
     Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
     target that the run lacks.
@@ -81,9 +82,19 @@ class Calculator(AseCalculator):
         self.compilations = 0
         self._capacity = Capacity(0, 0)
         self._with_stress = False
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled = _Programs()
+        self._place_parameters()
+
+    def _place_parameters(self) -> None:
         with self._precision():
             self.params = jax.tree.map(lambda p: jnp.asarray(p, self.dtype), self.run.params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "params"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._place_parameters()
 
     # ------------------------------------------------------------------ what ASE calls
 
@@ -206,6 +217,16 @@ class Calculator(AseCalculator):
 
     def _precision(self) -> AbstractContextManager[Any]:
         return jax.enable_x64(True) if self.dtype == np.float64 else nullcontext()
+
+
+class _Programs(dict[str, Callable[..., Any]]):
+    """Compiled programs: copies of a calculator share them, one that is pickled leaves them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Programs:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Programs], tuple[()]]:
+        return _Programs, ()
 
 
 def _loaded(run: str | Path, dtype: str | None) -> Run:

@@ -83,6 +83,12 @@ class Run:
         self.references, self.info = references, info
         self._warned: set[tuple[str, int]] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To be pickled: nothing that is compiled, and parameters as NumPy arrays, which stay
+        float64 where JAX is not told to use it."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("energy", "batches", "_predict")}
+        return {**kept, "params": jax.device_get(self.params)}
+
     @cached_property
     def energy(self) -> Any:
         """The compiled ``(params, positions, graph) -> energy`` (eV, without references), which

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import ase
@@ -278,6 +280,20 @@ def test_a_large_structure_is_hardly_padded():
     capacity = Capacity(0, 0).holding(1000, 30_000)
     assert capacity.n_edge < 1.07 * 30_000 and capacity.n_node < 1.07 * 1000
     assert capacity.holding(1000, 30_600) is capacity
+
+
+def test_pickled_and_copied():
+    """For pools of processes, and for calculators of their own that compile nothing again."""
+    atoms = ethanol()
+    calculator = Calculator(random_run((), lmax=0, n_layers=1), dtype="float64")
+    calculator.run.energy, calculator.run.batches  # noqa: B018 (compiled things that stay behind)
+    expected = energy_with(calculator)(atoms)
+    sent = pickle.loads(pickle.dumps(calculator))
+    assert energy_with(sent)(ethanol(1)) != expected and sent.compilations == 2  # one of them here
+    assert energy_with(sent)(atoms) == expected
+    copied = copy.deepcopy(calculator)
+    assert energy_with(copied)(ethanol(1)) == energy_with(sent)(ethanol(1))
+    assert calculator.compilations == 1 and copied.neighbors is not calculator.neighbors
 
 
 def energy_spread(calculator: Calculator, atoms: ase.Atoms, step: float, n_steps: int) -> float:

@@ -90,6 +90,9 @@ class Potential(NamedTuple):
     architecture: Architecture
     constants: Constants
 
+    def __reduce__(self) -> tuple[Callable[..., Potential], tuple[Architecture, Constants]]:
+        return make_potential, (self.architecture, self.constants)
+
 
 class Prediction(NamedTuple):
     """energy [M] eV, forces [N, 3] eV/Å, charges {target: [N, k]}; xtb_* if they have a head.
