@@ -23,7 +23,7 @@ from ase.calculators.mixing import AverageCalculator
 
 from orbq.calculator import Calculator
 from orbq.errors import InputError
-from orbq.inference import predict_members
+from orbq.inference import checked_batch_size, predict_members
 from orbq.orbitals import SYMBOLS
 from orbq.run import Run, is_one, load, usable
 from orbq.schema import Structure
@@ -85,8 +85,9 @@ class Ensemble:
 
     def predict(self, atoms: Any, batch_size: int = 16) -> Any:
         """As ``Run.predict``: the means, and ``<name>_std`` beside each of them."""
-        many = self._predict_many([atoms] if is_one(atoms) else atoms, batch_size)
-        return next(many) if is_one(atoms) else many
+        many = [self.structure(atoms)] if is_one(atoms) else atoms
+        found = self._predict_many(many, checked_batch_size(many, batch_size))
+        return next(found) if is_one(atoms) else found
 
     def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
         predictors = [run.batches for run in self.runs]

@@ -19,6 +19,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from orbq import orbitals
 from orbq.compiled import Counted, configure_jax
 from orbq.data import to_batch
+from orbq.errors import InputError
 from orbq.models.potential import Params, Prediction, predict
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
@@ -150,6 +151,20 @@ class StructureSet:
 
     def __len__(self) -> int:
         return len(self.arrays["total_charge"])
+
+
+def checked_batch_size(structures: Any, batch_size: Any) -> int:
+    """The batch size. Raises InputError where it is no whole number above 0, or ``structures`` can
+    be none."""
+    if isinstance(structures, str | Path) or not isinstance(structures, Iterable):
+        raise InputError(
+            f"{structures!r} is no structure: give an ase.Atoms, or several, as ase.io.read or "
+            "iread gives them"
+        )
+    number = isinstance(batch_size, int | float | np.integer)
+    if not number or not 1 <= batch_size < np.inf or batch_size % 1:
+        raise InputError(f"batch_size is {batch_size!r}: it must be a whole number above 0")
+    return int(batch_size)
 
 
 def predict_structures(

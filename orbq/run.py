@@ -8,6 +8,7 @@ forces = -jax.grad(run.energy, argnums=1)(run.params, positions, graph)    # [N,
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -136,6 +137,8 @@ class Run:
         """The checked structure of an ``ase.Atoms``."""
         if isinstance(atoms, Structure):
             structure = atoms
+        elif not is_one(atoms):
+            raise InputError(f"{reprlib.repr(atoms)} is no structure: give an ase.Atoms")
         else:
             found = next(iter(Reader([Source("atoms", Path(), "")], atoms=[atoms])))
             if isinstance(found, Failure):
@@ -224,14 +227,9 @@ class Run:
         InputError for a structure that the run cannot take, naming its place.
         """
         if not is_one(atoms):
-            if isinstance(atoms, str | Path) or not isinstance(atoms, Iterable):
-                raise InputError(
-                    f"{atoms!r} is no structure: give an ase.Atoms, or several, as ase.io.read or "
-                    "iread gives them"
-                )
-            if batch_size < 1 or batch_size != int(batch_size):
-                raise InputError(f"batch_size is {batch_size}: it must be a whole number above 0")
-            return self._predict_many(atoms, int(batch_size))
+            from orbq.inference import checked_batch_size
+
+            return self._predict_many(atoms, checked_batch_size(atoms, batch_size))
         structure = self.structure(atoms)
         positions, graph = self._graph(structure)
         out = self._predict(self.params, positions, graph)

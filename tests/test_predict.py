@@ -98,6 +98,10 @@ def test_the_structure_at_fault_is_named(run):
     with pytest.raises(InputError, match="structure 2: element Au was not"):
         list(run.predict([molecule("CH4"), molecule("H2O"), ase.Atoms("Au")]))
     assert list(run.predict([])) == []
+    with pytest.raises(InputError, match="structure 1: 'H2O' is no structure"):
+        list(run.predict([molecule("CH4"), "H2O"]))
+    with pytest.raises(InputError, match="is no structure: give an"):
+        run.graph([molecule("H2O")])
 
 
 # --------------------------------------------------------------------------- ensembles
@@ -116,6 +120,23 @@ def test_mean_and_spread(two):
         assert found["energy_std"] > 1e-4 and isinstance(found["energy"], float)
     one = ensemble.predict(structures[0])
     assert one["energy"] == pytest.approx(next(ensemble.predict(structures))["energy"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "batch_size", "message"),
+    [
+        ("water.xyz", 16, "'water.xyz' is no structure"),
+        (None, 16, "None is no structure"),
+        ([molecule("H2O")], 0, "batch_size is 0"),
+        ([molecule("H2O")], "4", "batch_size is '4'"),
+        (ase.Atoms("Au"), 16, "^element Au"),
+    ],
+)
+def test_an_ensemble_refuses_what_a_run_refuses(two, atoms, batch_size, message):
+    """At once, and not by an empty answer."""
+    for potential in (two[0], orbq.Ensemble(two)):
+        with pytest.raises(InputError, match=message):
+            potential.predict(atoms, batch_size)
 
 
 def test_an_ensemble_of_different_cutoffs(run):
