@@ -230,10 +230,31 @@ class Writer:
             self.partial.unlink(missing_ok=True)
             return
         if self._collected:
-            import ase.io
-
-            ase.io.write(self.partial, self._collected, format=self.format)
+            try:
+                self._write_collected()
+            except OSError:  # a full disk
+                raise
+            except Exception as error:  # ASE's writers raise many types
+                self.partial.unlink(missing_ok=True)
+                raise InputError(
+                    f"{self.path}: the format {self.format!r} cannot hold these structures "
+                    f"({type(error).__name__}: {error}): name a file that ends in .extxyz, .traj "
+                    "or .db"
+                ) from error
         self.partial.replace(self.path)
+
+    def _write_collected(self) -> None:
+        import ase.io
+
+        if self.format != "json":
+            ase.io.write(self.partial, self._collected, format=self.format)
+            return
+        from ase.db import connect  # ase.io knows a JSON database by its final name alone
+
+        self.partial.unlink(missing_ok=True)
+        with connect(str(self.partial), type="json", use_lock_file=False) as database:
+            for atoms in self._collected:
+                database.write(atoms, data=_plain(_with_arrays_in_info(atoms).info))
 
 
 def _with_arrays_in_info(atoms: Atoms) -> Atoms:

@@ -204,6 +204,22 @@ def test_predict_over_several_runs(two, tmp_path, out):
         assert atoms.get_charges().shape == (len(atoms),)
 
 
+def test_predict_into_a_json_database_and_formats_that_cannot_hold_it(run, tmp_path):
+    place = save_run(run, tmp_path / "run")
+    structures = [molecule("CH4"), molecule("H2O")]
+    ase.io.write(tmp_path / "given.xyz", structures)
+    out = tmp_path / "out.json"
+    status, text = command("predict", place, tmp_path / "given.xyz", "--out", out)
+    assert status == 0, text
+    for atoms, expected in zip(ase.io.read(out, ":"), structures, strict=True):
+        energy = run.predict(expected)["energy"]
+        assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-3)
+    out = tmp_path / "out.pdb"  # of one size of structures alone
+    status, text = command("predict", place, tmp_path / "given.xyz", "--out", out)
+    assert status == 2 and "cannot hold these structures" in text and ".extxyz" in text
+    assert not list(tmp_path.glob("out.pdb*"))
+
+
 def test_predict_refuses_runs_that_disagree_and_runs_alone(run, tmp_path):
     places = [save_run(run, tmp_path / "a"), save_run(random_run((), **SMALL), tmp_path / "b")]
     ase.io.write(tmp_path / "given.xyz", molecule("CH4"))
