@@ -10,7 +10,7 @@ import bz2
 import gzip
 import lzma
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,7 +213,7 @@ class Writer:
             from ase.db import connect
 
             with connect(str(self.partial), type="db") as database:
-                database.write(atoms, data=_plain(_with_arrays_in_info(atoms).info))
+                _add_row(database, atoms)
         else:
             self._collected.append(atoms)
 
@@ -254,7 +254,7 @@ class Writer:
         self.partial.unlink(missing_ok=True)
         with connect(str(self.partial), type="json", use_lock_file=False) as database:
             for atoms in self._collected:
-                database.write(atoms, data=_plain(_with_arrays_in_info(atoms).info))
+                _add_row(database, atoms)
 
 
 def _with_arrays_in_info(atoms: Atoms) -> Atoms:
@@ -264,6 +264,15 @@ def _with_arrays_in_info(atoms: Atoms) -> Atoms:
     out.info.update(found)
     out.calc = atoms.calc
     return out
+
+
+def _add_row(database: Any, atoms: Atoms) -> None:
+    """Write to a database of ASE; key-value pairs and data of a row stay what they were."""
+    info = _with_arrays_in_info(atoms).info
+    pairs, data = (info.get(name, {}) for name in ("key_value_pairs", "data"))
+    if not (isinstance(pairs, Mapping) and isinstance(data, Mapping)):
+        pairs, data = {}, {}
+    database.write(atoms, key_value_pairs=dict(pairs), data={**data, **_plain(info)})
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.db import connect
 from tiny_run import random_run, save_run
 from typer.testing import CliRunner
 
@@ -218,6 +219,23 @@ def test_predict_into_a_json_database_and_formats_that_cannot_hold_it(run, tmp_p
     status, text = command("predict", place, tmp_path / "given.xyz", "--out", out)
     assert status == 2 and "cannot hold these structures" in text and ".extxyz" in text
     assert not list(tmp_path.glob("out.pdb*"))
+
+
+@pytest.mark.parametrize("end", ["db", "json"])
+def test_rows_of_a_database_keep_their_pairs_and_data(run, tmp_path, end):
+    """Among them the total charge, which the next prediction reads."""
+    place = save_run(run, tmp_path / "run")
+    given, out = tmp_path / "given.db", tmp_path / f"out.{end}"
+    with connect(given) as database:
+        database.write(molecule("H2O"), tag="water", total_charge=1, data={"more": [1, 2]})
+    status, text = command("predict", place, given, "--out", out)
+    assert status == 0, text
+    row = connect(out).get()
+    assert row.key_value_pairs == {"tag": "water", "total_charge": 1}
+    assert row.data["more"] == [1, 2]
+    atoms = molecule("H2O")
+    atoms.info["charge"] = 1
+    assert row.energy == pytest.approx(run.predict(atoms)["energy"], abs=1e-3)
 
 
 def test_predict_refuses_runs_that_disagree_and_runs_alone(run, tmp_path):
