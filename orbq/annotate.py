@@ -149,6 +149,9 @@ def _results(
 
 
 def _annotated(atoms: Atoms, results: dict[str, Any]) -> Atoms:
+    for name in results:  # a spread that came with the file is that of other predictions
+        atoms.info.pop(name + SPREAD, None)
+        atoms.arrays.pop(name + SPREAD, None)
     known = {name: results[name] for name in RESULTS if name in results}
     atoms.calc = SinglePointCalculator(atoms, **known)
     for name, value in results.items():

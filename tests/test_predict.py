@@ -238,6 +238,23 @@ def test_rows_of_a_database_keep_their_pairs_and_data(run, tmp_path, end):
     assert row.energy == pytest.approx(run.predict(atoms)["energy"], abs=1e-3)
 
 
+def test_nothing_of_an_earlier_prediction_is_left(two, tmp_path):
+    """Neither the spread of an ensemble beside the energy of one run, nor what was left out."""
+    places = [save_run(run, tmp_path / f"seed{n}") for n, run in enumerate(two)]
+    given, out = tmp_path / "given.xyz", tmp_path / "out.extxyz"
+    ase.io.write(given, [molecule("CH4"), ase.Atoms("Au")])
+    assert command("predict", *places, given, "--out", out)[0] == 0
+    listed = tmp_path / "out.extxyz.failures.jsonl"
+    assert "Au" in listed.read_text()
+    again = tmp_path / "again.extxyz"
+    for found in (out, again):
+        status, text = command("predict", places[0], out, "--out", found, "--overwrite")
+        assert status == 0, text
+        atoms = ase.io.read(found)
+        assert not [name for name in {**atoms.info, **atoms.arrays} if name.endswith("_std")]
+    assert not listed.exists()
+
+
 def test_predict_refuses_runs_that_disagree_and_runs_alone(run, tmp_path):
     places = [save_run(run, tmp_path / "a"), save_run(random_run((), **SMALL), tmp_path / "b")]
     ase.io.write(tmp_path / "given.xyz", molecule("CH4"))

@@ -123,8 +123,9 @@ def _state(written: int, refused: int) -> str:
 def _summarise(out: Path, written: int, refused: list[Refused]) -> None:
     """Say what was written and what was left out, and why. Raises InputError if that was all."""
     console = Console(highlight=False, soft_wrap=True)
+    listed = out.with_name(out.name + ".failures.jsonl")
+    listed.unlink(missing_ok=True)  # of an earlier command
     if refused:
-        listed = out.with_name(out.name + ".failures.jsonl")
         lines = [json.dumps(item._asdict()) + "\n" for item in refused]
         listed.write_text("".join(lines), encoding="utf-8")
         for item in refused[:SHOWN]:
