@@ -84,8 +84,8 @@ def jax_md(
     ``box`` there is that of the energy. Precision is that of the positions.
 
     Raises OrbqError without jax-md, InputError for a structure that the run cannot take, a run that
-    was taught no energies, half neighbour lists, or a box in which an atom could meet two images of
-    another.
+    was taught no energies, half neighbour lists, a periodic structure without a box, or a box in
+    which an atom could meet two images of another; ``energy_fn`` for positions of other atoms.
     """
     try:
         from jax_md import partition
@@ -99,6 +99,11 @@ def jax_md(
     if layout is formats.OrderedSparse:
         raise InputError("messages go both ways along a bond: use the format Sparse or Dense")
     if box is None:
+        if structure.pbc.any():
+            raise InputError(
+                f"pbc of the structure is {structure.pbc.tolist()}, but no box is given: pass "
+                "atoms.cell.array.T, or set atoms.pbc = False for a molecule in free space"
+            )
         options.setdefault("disable_cell_list", True)
     else:
         _check_box(np.asarray(box, float), cutoff + skin)
@@ -117,6 +122,10 @@ def _energy_fn(
 
     def energy_fn(positions: Array, neighbor: Any, **kwargs: Any) -> Array:
         """Energy (eV) at positions [n, 3]; neighbor: jax-md's list, or ``idx`` of a sparse one."""
+        if positions.shape != (n, 3):  # indices beyond an array are none to JAX
+            raise InputError(
+                f"positions {positions.shape}: the structure's {n} atoms need {(n, 3)}"
+            )
         dtype = positions.dtype
         senders, receivers = _edges(neighbor, n)
         real = senders < n

@@ -126,6 +126,17 @@ def test_a_box_that_is_too_small(run):
         orbq.jax_md(run, atoms, displacement, 4.2)
 
 
+def test_a_crystal_without_a_box_and_positions_of_other_atoms(run):
+    """A crystal would be computed as a cluster; an index beyond an array is none to JAX."""
+    with pytest.raises(InputError, match="no box is given"):
+        orbq.jax_md(run, crystal(), space.free()[0])
+    potential = orbq.jax_md(run, ethanol(), space.free()[0])
+    x = jnp.asarray(molecule("H2O").positions)
+    neighbors = potential.neighbor_fn.allocate(x)
+    with pytest.raises(InputError, match="9 atoms need"):
+        potential.energy_fn(x, neighbor=neighbors)
+
+
 def test_half_a_neighbour_list(run):
     layout = partition.NeighborListFormat.OrderedSparse
     with pytest.raises(InputError, match="Sparse or Dense"):
