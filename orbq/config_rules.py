@@ -126,6 +126,8 @@ def _ablation_rule(config: Config) -> list[Problem]:
 
     for name in ablation.targets:
         swept, *fixed = name.split("+")
+        if len({swept, *fixed}) < 1 + len(fixed):
+            wrong("targets", f"{name!r} holds a target twice")
         for part in (swept, *fixed):
             if part not in TARGETS:
                 wrong("targets", f"unknown target {part!r}; known: {', '.join(TARGETS)}")

@@ -163,7 +163,7 @@ def prepare(
     fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
     _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
-    scales = scales_of(terms, fits, teaching)
+    scales = scales_of(terms, fits, teaching)  # of whole structures, as the network is scaled
     train = pools["train"]
     _require_edges(train)
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
@@ -179,7 +179,14 @@ def prepare(
         pools=pools,
         references={n: f.references for n, f in fits.items()},
         energy_fit=fits.get("energy"),
-        spec=LossSpec(terms, loss.kind, loss.huber_delta, loss.energy_per, scales, stats),
+        spec=LossSpec(
+            terms,
+            loss.kind,
+            loss.huber_delta,
+            loss.energy_per,
+            scales_of(terms, fits, teaching, loss.energy_per),
+            stats,
+        ),
         constants=constants,
         architecture=architecture_of(config),
         budget=_budget(pools, config.training, n_batches),

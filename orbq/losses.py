@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jraph
-import numpy as np
 from jaxtyping import Array, Float
 
 from orbq.models.potential import Prediction
@@ -43,8 +42,9 @@ class LossSpec(NamedTuple):
 
     terms: names of the terms that are computed. kind: elementwise function of energy, force and
     stress errors. huber_delta: in units of the scale. energy_per: "structure", or "atom" to divide
-    the energy error by the number of atoms. scales: eV, eV/Å or eV/Å^3 for "energy", "forces",
-    "stress", "xtb_energy", "xtb_forces". statistics: normalisation of the per-atom targets.
+    the energy error by the number of atoms. scales: eV (or eV/atom), eV/Å or eV/Å^3 for
+    "energy", "forces", "stress", "xtb_energy", "xtb_forces". statistics: normalisation of the
+    per-atom targets.
     """
 
     terms: tuple[str, ...]
@@ -159,11 +159,6 @@ def _sums(error: Array, mask: Array) -> Array:
 def needed_targets(terms: tuple[str, ...]) -> tuple[str, ...]:
     """Of the loss terms, those that ``predict`` must be asked for: of a head, and the stress."""
     return tuple(t for t in terms if t in TARGETS or t == "stress")
-
-
-def scale_of(values: np.ndarray, floor: float) -> float:
-    """Root mean square of ``values``, at least ``floor``."""
-    return max(float(np.sqrt(np.mean(np.square(values)))) if values.size else floor, floor)
 
 
 def batch_to_device(batch: Batch) -> Batch:

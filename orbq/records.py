@@ -208,11 +208,16 @@ def facts_of(
         "n_parameters": n_parameters(template),
         "budget": data.budget._asdict(),
         "fill": {k: round(v, 4) for k, v in packer.fill(0)._asdict().items()},
-        "scales": {n: [s, FIELDS[n].unit] for n, s in scales},
+        "scales": {n: [s, _unit_of_scale(n, data.spec.energy_per)] for n, s in scales},
         "data": [{"path": str(d.path), "arrays": d.manifest["arrays"]} for d in data.datasets],
         **({"initial": dict(data.initial.facts)} if data.initial else {}),
         **({"probe": _of_probe(data.initial.probe)} if data.initial and data.initial.probe else {}),
     }
+
+
+def _unit_of_scale(name: str, energy_per: str) -> str:
+    unit = FIELDS[name].unit
+    return f"{unit}/atom" if unit == "eV" and energy_per == "atom" else unit
 
 
 def states_of(pool: Pool) -> dict[str, list[int]]:

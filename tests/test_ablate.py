@@ -107,6 +107,16 @@ def test_charge_only_structures_in_every_batch_set_the_baseline_apart() -> None:
     assert (baseline.config.training.unlabelled_share, baseline.config.data.unlabelled) == (0, ())
 
 
+def test_pretraining_is_not_of_the_baseline() -> None:
+    """Without a weight there is nothing but the decay of its parameters in it."""
+    training = {"pretrain_steps": 5, "weight_decay": 0.1}
+    weights = {"forces": 0.0, "shell": 1.0}
+    baseline, other = make_plan(config(training=training, loss={"weights": weights}))
+    assert {r.weight for r in baseline.runs} == {0.0}
+    assert baseline.config.training.pretrain_steps == 0
+    assert other.config.training.pretrain_steps == 5
+
+
 def test_a_combined_arm_keeps_its_fixed_weight_except_in_the_baseline() -> None:
     weights = {"energy": 1.0, "forces": 0.0, "xtb_energy": 2.0}
     (program,) = make_plan(
@@ -126,6 +136,7 @@ def test_a_combined_arm_keeps_its_fixed_weight_except_in_the_baseline() -> None:
         ({"seeds": [1, 1]}, "the same run twice"),
         ({"n_train": [50], "n_steps": [1, 2]}, "ablation.n_steps"),
         ({"weights": [0.0], "baseline": False}, "no run would be left"),
+        ({"targets": ["shell+shell"]}, "holds a target twice"),
     ],
 )
 def test_a_table_that_contradicts_itself_is_refused(ablation: dict, text: str) -> None:

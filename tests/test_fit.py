@@ -201,6 +201,24 @@ def test_statistics_and_references_see_training_structures_alone(data, prepared)
     assert prepared.spec.scales["energy"] == pytest.approx(residual.std(), rel=1e-9)
 
 
+def test_energies_per_atom_have_a_scale_of_their_own(data, prepared):
+    """Root mean square of what is left per atom; the network is scaled as before."""
+    stored = Dataset.open(data / "labelled")
+    config = config_of(data, data / "unused", loss={"energy_per": "atom"})
+    per_atom = prepare(config)
+    train = split_of(config, stored)["train"]
+    labelled = train[np.asarray(stored.mask("energy"))[train]]
+    n = np.asarray(stored.n_atoms)[labelled]
+    offsets, numbers = np.asarray(stored["offsets"]), np.asarray(stored["numbers"])
+    rows = [numbers[offsets[i] : offsets[i + 1]] for i in labelled]
+    references = prepared.references["energy"].element
+    left = np.asarray(stored["energy"])[labelled] - [references[z].sum() for z in rows]
+    expected = np.sqrt(np.mean((left / n) ** 2))
+    assert per_atom.spec.scales["energy"] == pytest.approx(expected, rel=1e-9)
+    assert per_atom.spec.scales["forces"] == prepared.spec.scales["forces"]
+    assert per_atom.constants.energy_scale == prepared.constants.energy_scale
+
+
 def test_an_element_that_no_training_structure_has_wants_structures(data, tmp_path):
     """And no reference energies, which would not make up for them."""
     training = {"unlabelled_share": 0.0, "pretrain_steps": 0}

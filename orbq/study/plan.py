@@ -3,7 +3,8 @@
 Runs that differ only in traced quantities (weight, learning rate, seed) share a program; another
 target, train size or subset is another one: its heads, constants and batches differ. A program's
 runs see the same batches, in the order of its first run's seed. The energy-only runs (weight 0) are
-part of the first target's programs and the baseline of every target.
+the baseline of every target, and part of the first target's programs unless these see structures
+without energies or are trained without energies first.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def _groups(config: Config) -> Iterator[Program]:
         for subset in dict.fromkeys(subset_of):
             seeds = [seed for seed, own in pairs if own == subset]
             place = (subset, n_train, n_steps)
-            # batches that hold charge-only structures would give the baseline fewer energies
-            apart = config.training.unlabelled_share > 0
+            # batches that hold charge-only structures would give the baseline fewer energies, and
+            # pre-training without a target nothing but the decay of its weights
+            apart = config.training.unlabelled_share > 0 or config.training.pretrain_steps > 0
             if apart and ablation.baseline:
                 yield _program(config, None, [0.0], seeds, place)
             for number, arm in enumerate(ablation.targets):
