@@ -6,7 +6,7 @@ This is where NumPy meets JAX: the packer's arrays become ``Batch``es of ``jraph
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jraph
@@ -14,12 +14,21 @@ import numpy as np
 
 from orbq.config import Config, check_against
 from orbq.config import Training as TrainingConfig
+from orbq.data_rules import (
+    check_no_leak,
+    check_one_method,
+    require_edges,
+    require_elements,
+    require_validation,
+    warn_of_groups,
+    warn_of_parity,
+    warn_of_share,
+)
 from orbq.datasets import open_dataset
 from orbq.errors import InputError
 from orbq.losses import Batch, LossSpec
 from orbq.models.fused import unavailable
 from orbq.models.potential import Architecture, Constants
-from orbq.orbitals import SYMBOLS
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.plan import choose_budget, epoch_items, mean_size
 from orbq.preprocess.pool import Part, Pool
@@ -141,31 +150,33 @@ def prepare(
         )
     dataset = open_dataset(config.data.dataset)
     unlabelled = [open_dataset(name) for name in config.data.unlabelled]
-    _check_one_method(dataset, unlabelled)
+    check_one_method(dataset, unlabelled)
     parts, cutoff = split_of(config, dataset), config.model.cutoff
     pools = {n: Pool([Part(dataset, rows)], cutoff) for n, rows in parts.items() if len(rows)}
     teaching = pools["train"]
-    _check_no_leak(dataset, parts, unlabelled)
+    if config.model.embed_spin:
+        warn_of_parity(pools["train"])
+    check_no_leak(dataset, parts, unlabelled)
     if config.data.split == "group":
-        _warn_of_groups(dataset, parts, unlabelled)
+        warn_of_groups(dataset, parts, unlabelled)
     if unlabelled:
         pools["unlabelled"] = Pool([Part(d, None, DFT_FIELDS) for d in unlabelled], cutoff)
         teaching = Pool([*teaching.parts, *pools["unlabelled"].parts], cutoff)
         pools["teaching"] = teaching
-        _warn_of_share(len(pools["train"]), len(pools["unlabelled"]), config.training)
+        warn_of_share(len(pools["train"]), len(pools["unlabelled"]), config.training)
     labels = {f: int(teaching.labelled(f).sum()) for f in FIELDS}
     check_against(config, labels, config.data.dataset)
     weights = config.loss.weights
     terms = tuple(n for n in MAIN_TERMS if getattr(weights, n) > 0)
     terms += tuple(weights.auxiliary())
-    _require_validation(pools["validation"], terms)
+    require_validation(pools["validation"], terms)
     stats = {n: label_statistics(n, teaching) for n in terms if n in PER_ATOM}
     fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
-    _require_elements(pools, elements, {n: f.references for n, f in fits.items()})
+    require_elements(pools, elements, {n: f.references for n, f in fits.items()})
     scales = scales_of(terms, fits, teaching)  # of whole structures, as the network is scaled
     train = pools["train"]
-    _require_edges(train)
+    require_edges(train)
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
     constants = Constants(
         elements=tuple(int(z) for z in elements),
@@ -223,120 +234,6 @@ def _fit_references(
         guide = ("xtb_energy", fits["xtb_energy"].references) if guided else None
         fits["energy"] = fit_pool_references(train, "energy", given, charge, guide)
     return {name: fits[name] for name in terms if name in fits}
-
-
-def _check_no_leak(
-    dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
-) -> None:
-    """Structures that are held out must not teach: as copies in another group, or charges alone."""
-    held_out = np.concatenate([parts["validation"], parts["test"]])
-    copies = "give copies the name of one group, take them out, or set data.split = 'within'"
-    holder = f"the training split of {dataset.path}"
-    refuse_taught(dataset, held_out, dataset["content_hash"][parts["train"]], (holder, copies))
-    remedy = "take them out of data.unlabelled"
-    for extra in unlabelled:
-        refuse_taught(dataset, held_out, extra["content_hash"], (str(extra.path), remedy))
-
-
-def _warn_of_groups(
-    dataset: Dataset, parts: Mapping[str, np.ndarray], unlabelled: list[Dataset]
-) -> None:
-    """Other geometries of a group that is held out teach its charges, if names mean the same."""
-    held_out = np.unique(dataset["group"][np.concatenate([parts["validation"], parts["test"]])])
-    for extra in unlabelled:
-        same = extra["group"][np.isin(extra["group"], held_out[held_out != b""])]
-        if len(same):
-            warnings.warn(
-                f"{extra.path} holds {len(same)} structures of groups that are held out, such as "
-                f"{same[0].decode()!r}: take them out of data.unlabelled, unless the name is of "
-                "something else there",
-                stacklevel=3,
-            )
-
-
-def refuse_taught(
-    dataset: Dataset, held_out: np.ndarray, hashes: np.ndarray, told: tuple[str, str]
-) -> None:
-    """Raise InputError when held-out structures [n] are among those taught (by content hash).
-
-    hashes: of those taught, perhaps only their first digits. told: what holds the taught ones, and
-    what to do about it.
-    """
-    own = dataset["content_hash"][held_out].astype(hashes.dtype)
-    _, first, _ = np.intersect1d(own, hashes, return_indices=True)
-    if len(first):
-        holder, remedy = told
-        raise InputError(
-            f"{holder} holds {len(first)} structures of the validation or test split, the first is "
-            f"structure {int(held_out[first[0]])} of {dataset.path}: {remedy}, else the test would "
-            "be on structures that were taught"
-        )
-
-
-def _check_one_method(dataset: Dataset, unlabelled: list[Dataset]) -> None:
-    """One head cannot learn the charges of two xTB methods: their orbitals differ."""
-    for extra in unlabelled:
-        if extra.method != dataset.method:
-            raise InputError(
-                f"{extra.path} is labelled with {extra.method}, {dataset.path} with "
-                f"{dataset.method}: label both with one of them (`orbq preprocess --method`)"
-            )
-
-
-def _require_elements(
-    pools: Mapping[str, Pool], elements: np.ndarray, references: Mapping[str, References]
-) -> None:
-    for name in ("validation", "test"):
-        if name not in pools:
-            continue
-        found = pool_elements(pools[name])
-        if len(unseen := np.setdiff1d(found, elements)):
-            symbols = ", ".join(SYMBOLS[z] for z in unseen)
-            raise InputError(
-                f"the {name} structures hold {symbols}, which no training structure does: add "
-                "structures with them, or use another split"
-            )
-        for reference in references.values():
-            reference.require(found, f"the {name} structures")
-
-
-def _require_edges(train: Pool) -> None:
-    """Atoms without neighbours teach nothing of geometries."""
-    if not train.n_edges.any():
-        raise InputError(
-            f"model.cutoff = {train.cutoff:g} Å: no atom of the {len(train)} training structures "
-            "has a neighbour that close: raise it"
-        )
-
-
-def _require_validation(validation: Pool, terms: Sequence[str]) -> None:
-    """Something that is trained must be labelled where the best step is chosen."""
-    fields = {n: TARGETS[n].fields if n in TARGETS else (n,) for n in terms}
-    found = [n for n in terms if all(validation.labelled(f).any() for f in fields[n])]
-    remedy = "another data.split_seed, or a larger data.validation_fraction, may give it some"
-    if not found:
-        raise InputError(
-            f"none of the {len(validation)} validation structures has a label that is trained "
-            f"({', '.join(terms)}), so that no best step can be chosen: {remedy}"
-        )
-    if "energy" in terms and "energy" not in found:
-        warnings.warn(
-            f"none of the {len(validation)} validation structures has an energy, so that the best "
-            f"step is chosen by {found[0]}: {remedy}",
-            stacklevel=2,
-        )
-
-
-def _warn_of_share(n_labelled: int, n_others: int, training: TrainingConfig) -> None:
-    """Too few structures for the share that is asked for: none is seen twice in an epoch."""
-    share = training.unlabelled_share
-    if 0 < share < 1 and n_others < (reached := n_labelled * share / (1 - share)) - 0.5:
-        warnings.warn(
-            f"training.unlabelled_share = {share:g} asks for {reached:.0f} structures of "
-            f"data.unlabelled in an epoch, beside {n_labelled} of data.dataset, and there are "
-            f"{n_others}: their share is {n_others / (n_others + n_labelled):.2g}",
-            stacklevel=2,
-        )
 
 
 def _budget(pools: Mapping[str, Pool], training: TrainingConfig, n_batches: int) -> Budget:

@@ -22,7 +22,8 @@ import numpy as np
 
 from orbq import checkpoint
 from orbq.config import Config, Model
-from orbq.data import TrainingData, prepare, refuse_taught, split_of
+from orbq.data import TrainingData, prepare, split_of
+from orbq.data_rules import refuse_taught
 from orbq.devices import is_main
 from orbq.errors import InputError, OrbqError
 from orbq.evaluate import IDENTITY

@@ -54,7 +54,7 @@ def export(
     run: Run | str | Path,
     out: str | Path,
     charges: bool = False,
-    platforms: Sequence[str] = PLATFORMS,
+    platforms: str | Sequence[str] = PLATFORMS,
     overwrite: bool = False,
 ) -> Path:
     """Write the directory ``out`` and return it.
@@ -68,6 +68,7 @@ def export(
     run = run if isinstance(run, Run) else load(run)
     require_energy(run)
     out = Path(out)
+    platforms = (platforms,) if isinstance(platforms, str) else platforms
     if unknown := [name for name in platforms if name not in PLATFORMS] or not platforms:
         raise InputError(f"platforms {unknown}: give one or more of {', '.join(PLATFORMS)}")
     if out.exists() and not overwrite:

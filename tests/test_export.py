@@ -219,6 +219,11 @@ def test_command(tmp_path):
     assert status == 2 and "cpu, cuda, rocm, tpu" in text
 
 
+def test_a_platform_may_be_named_alone(run, tmp_path):
+    with pytest.raises(InputError, match=r"platforms \['gpu'\]: give one or more of cpu"):
+        orbq.export(run, tmp_path / "out", platforms="gpu")
+
+
 def test_other_directories_are_not_replaced(run, tmp_path):
     (tmp_path / "precious").write_text("data")
     with pytest.raises(InputError, match="will not be replaced"):

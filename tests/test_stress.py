@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 import orbq
 from orbq.cli import make_app
 from orbq.config import check_against, parse_config
-from orbq.data import to_batch
+from orbq.data import prepare, to_batch
 from orbq.errors import InputError
 from orbq.evaluate import evaluate
 from orbq.losses import Batch, LossSpec, batch_to_device, error_sums, loss_terms
@@ -108,6 +109,24 @@ def test_an_ablation_begun_without_it_goes_on():
 
 
 BEFORE = "d7cea1a237f8eaf8"  # of this configuration, computed before the key came
+
+
+def test_cells_of_odd_and_even_electrons_are_told(tmp_path):
+    """A primitive cell of copper is a doublet, its double a singlet, if nothing else is said."""
+    cells = [bulk("Cu", a=3.6 + 0.01 * k).repeat((1 + k % 2, 1, 1)) for k in range(20)]
+    for atoms in cells:
+        atoms.info["energy"] = -1.0 * len(atoms)
+    preprocess(cells, tmp_path / "data", resources=Resources(workers=1))
+    document = {
+        "data": {"dataset": str(tmp_path / "data"), "split": "within"},
+        "loss": {"weights": {"forces": 0.0}},
+    }
+    with pytest.warns(UserWarning, match=r"a cell and its double .* model.embed_spin=false"):
+        prepare(parse_config(document))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepare(parse_config({**document, "model": {"embed_spin": False}}))
+    assert not [w for w in told if "embed_spin" in str(w.message)]
 
 
 # --------------------------------------------------------------------------- a run
