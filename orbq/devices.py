@@ -24,6 +24,7 @@ from orbq.train import DEVICES
 
 T = TypeVar("T")
 _MESSAGE_BYTES = 2048  # of a failure that one process tells the others
+_LOST = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat")  # in the error of the ones that are left
 
 
 class Layout(NamedTuple):
@@ -267,6 +268,21 @@ def make_stop(asked: Callable[[], bool]) -> Callable[[int], bool]:
     from jax.experimental import multihost_utils
 
     return lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+@contextmanager
+def told_when_a_process_is_lost() -> Iterator[None]:
+    """Turn what a collective operation says when another process has died into what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if jax.process_count() == 1 or not any(sign in text for sign in _LOST):
+            raise
+        raise OrbqError(
+            f"another process of the job was lost ({text.splitlines()[0][:200]}): its own output "
+            "says why; the checkpoints are kept: start all processes again with the same command"
+        ) from error
 
 
 # --------------------------------------------------------------------------- memory

@@ -89,7 +89,8 @@ def fit(
     configure_jax(config)
     directory = Path(config.run.directory)
     check_apart(config)
-    with told_when_full(directory), ExitStack() as held:
+    told = devices.told_when_a_process_is_lost()
+    with told_when_full(directory), told, ExitStack() as held:
         begun = devices.main_decides(lambda: records.claim(directory, config, overwrite, held))
         return _fit(config, directory, begun, reporter)
 

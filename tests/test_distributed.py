@@ -248,6 +248,16 @@ def test_any_failure_of_the_main_process_is_told_to_the_others(monkeypatch):
     assert said == ["PermissionError: [Errno 13] Permission denied: 'runs'"]
 
 
+def test_a_lost_process_is_told(monkeypatch):
+    """What those that are left see of it, on CPUs; alone, the same words mean something else."""
+    words = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:13202"
+    for n, kind in ((2, OrbqError), (1, jax.errors.JaxRuntimeError)):
+        monkeypatch.setattr(devices.jax, "process_count", lambda n=n: n)
+        with pytest.raises(kind, match="Gloo") as told, devices.told_when_a_process_is_lost():
+            raise jax.errors.JaxRuntimeError(words)
+        assert ("another process of the job was lost" in str(told.value)) == (n == 2)
+
+
 # --------------------------------------------------------------------------- accumulation
 
 
