@@ -44,7 +44,7 @@ from orbq.config import Config, parse_config
 from orbq.data import make_packer, prepare, to_batch
 from orbq.fit import fit
 from orbq.models.potential import make_potential, predict
-from orbq.run import CHECKPOINTS, METRICS
+from orbq.run_files import CHECKPOINTS, METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "precision.jsonl"

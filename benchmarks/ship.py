@@ -22,7 +22,7 @@ import numpy as np
 import orbq
 from orbq import checkpoint
 from orbq.initial import INITIAL, TAUGHT_DIGITS, TAUGHT_FILE, taught_hashes
-from orbq.run import CHECKPOINTS, RUN_FILE, STATISTICS_FILE, read_description
+from orbq.run_files import CHECKPOINTS, RUN_FILE, STATISTICS_FILE, read_description
 
 
 def ship(run: Path, out: Path, named: str, datasets: list[str], initial: str, taught: bool) -> None:

@@ -29,7 +29,7 @@ from orbq.data import make_packer, prepare
 from orbq.datasets import open_dataset
 from orbq.models.potential import make_potential
 from orbq.preprocess.pool import Part, Pool
-from orbq.run import CHECKPOINTS
+from orbq.run_files import CHECKPOINTS
 from orbq.study.plan import BASELINE, Program, RunSpec
 from orbq.study.program import Training, Unwatched
 from orbq.study.run import provenance

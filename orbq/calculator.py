@@ -28,7 +28,8 @@ from orbq.inference import atomic_charges, voigt
 from orbq.models.potential import predict
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES
-from orbq.run import Run, load, read_description, run_directory
+from orbq.run import Run, load
+from orbq.run_files import read_description, run_directory
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 

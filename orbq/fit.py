@@ -33,7 +33,7 @@ from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
 from orbq.preprocess.store import write_atomically
 from orbq.reporter import Reporter, Silent, Speed
-from orbq.run import CHECKPOINTS, METRICS, STATISTICS_FILE, read_description
+from orbq.run_files import CHECKPOINTS, METRICS, STATISTICS_FILE, read_description
 from orbq.stages import Stage, make_stages
 from orbq.train import TrainState, make_init, make_train_step, next_stage
 from orbq.validation import Validation, criterion_of

@@ -24,7 +24,8 @@ from orbq.models.potential import Params, Prediction, predict
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.prefetch import prefetch
-from orbq.run import Run, load, run_directory, stored_config
+from orbq.run import Run, load
+from orbq.run_files import run_directory, stored_config
 from orbq.schema import Structure
 from orbq.targets import TARGETS
 

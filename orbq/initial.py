@@ -33,13 +33,12 @@ from orbq.preprocess.pool import Pool
 from orbq.preprocess.references import References
 from orbq.preprocess.store import Dataset, write_atomically
 from orbq.probe import Probe, fit_probe
-from orbq.run import (
+from orbq.run import Run, load
+from orbq.run_files import (
     CHECKPOINTS,
     PROBE_FILE,
     RUN_FILE,
     STATISTICS_FILE,
-    Run,
-    load,
     read_description,
     run_directory,
     stored_config,

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from orbq.errors import InputError
 from orbq.metrics import display_unit, unit_of
-from orbq.run import METRICS
+from orbq.run_files import METRICS
 from orbq.schema import FIELDS
 from orbq.scores import ENERGIES, Evaluation
 from orbq.targets import TARGETS

@@ -29,7 +29,7 @@ from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
 from orbq.preprocess.store import write_atomically
 from orbq.probe import Probe
-from orbq.run import (
+from orbq.run_files import (
     METRICS,
     PROBE_FILE,
     RUN_FILE,

@@ -12,7 +12,6 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -23,12 +22,9 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import checkpoint
-from orbq.config import Config, config_from_json
+from orbq.config import Config
 from orbq.errors import InputError, OrbqError
-from orbq.models.fused import unavailable
 from orbq.models.potential import (
-    Architecture,
-    Constants,
     Params,
     Potential,
     energy_fn,
@@ -36,16 +32,25 @@ from orbq.models.potential import (
     predict,
     smallest_graph,
 )
-from orbq.orbitals import GFN1, SYMBOLS
+from orbq.orbitals import SYMBOLS
 from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import near_origin
-from orbq.preprocess.form import read_json
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import Failure, Reader
 from orbq.preprocess.references import References
-from orbq.preprocess.store import Dataset, write_atomically
-from orbq.run_form import fault, read_statistics, write_statistics
+from orbq.preprocess.store import Dataset
+from orbq.run_files import (
+    CHECKPOINTS,
+    RUN_FILE,
+    STATISTICS_FILE,
+    read_description,
+    run_directory,
+    stored_architecture,
+    stored_config,
+    stored_constants,
+)
+from orbq.run_form import fault
 from orbq.schema import Structure
 
 if TYPE_CHECKING:
@@ -54,13 +59,6 @@ if TYPE_CHECKING:
     from orbq.inference import BatchPredictor
     from orbq.scores import Evaluation
 
-RUN_VERSION = 1
-RUN_FILE = "run.json"
-STATISTICS_FILE = "statistics.npz"
-PROBE_FILE = "probe.json"  # of a run with data.references = "taught"
-CHECKPOINTS = "checkpoints"
-EMBEDDED = ("gfn1-metals",)  # trained runs that are part of the package; orbq/data/README.md
-METRICS = "metrics.jsonl"
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -291,63 +289,6 @@ def _symbol(z: int) -> str:
     return SYMBOLS[z] if 0 < z < len(SYMBOLS) else f"Z = {z}"
 
 
-# --------------------------------------------------------------------------- on disk
-
-
-def save_description(
-    directory: Path,
-    config: Config,
-    architecture: Architecture,
-    constants: Constants,
-    references: Mapping[str, References],
-    extra: Mapping[str, Any],
-) -> None:
-    """Write what is fixed before training: run.json and the targets' statistics."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_statistics(directory / STATISTICS_FILE, constants.statistics)
-    info = {
-        "run_version": RUN_VERSION,
-        "config": json.loads(config.model_dump_json()),
-        "architecture": architecture._asdict(),
-        "constants": {
-            "elements": constants.elements,
-            "energy_scale": constants.energy_scale,
-            "avg_num_neighbors": constants.avg_num_neighbors,
-            "method": constants.method,
-        },
-        "references": {n: json.loads(r.to_json()) for n, r in references.items()},
-        **extra,
-    }
-    write_atomically(directory / RUN_FILE, json.dumps(info, indent=1))  # last: it says all is there
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """run.json of a run. Raises InputError when it is not one, or of another version."""
-    path = directory / RUN_FILE
-    try:
-        info = read_json(path, {"run_version": int})
-        version = info["run_version"]
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{directory} is not a run directory ({path.name}: {error}); make one with `orbq "
-            f"train`, or name an embedded one ({', '.join(EMBEDDED)})"
-        ) from error
-    if version != RUN_VERSION:
-        raise InputError(
-            f"{directory} was written by run format {version} (orbq "
-            f"{info.get('orbq_version', 'unknown')}), this orbq reads {RUN_VERSION}: use that "
-            "version of orbq, or train again"
-        )
-    return dict(info)
-
-
-def run_directory(path: str | Path) -> Path:
-    """``path``, or where an embedded run lies if it is the name of one and no run's directory."""
-    if str(path) in EMBEDDED and not (Path(path) / RUN_FILE).exists():
-        return Path(str(files("orbq"))) / "data" / "networks" / str(path)
-    return Path(path)
-
-
 def load(path: str | Path) -> Run:
     """Load a trained run: its potential with the parameters of the best validation.
 
@@ -366,7 +307,7 @@ def load(path: str | Path) -> Run:
         if reason := fault(info, config):
             raise ValueError(reason)
         constants = stored_constants(directory, info)
-        potential = make_potential(_architecture(info["architecture"]), constants)
+        potential = make_potential(stored_architecture(info["architecture"]), constants)
         references = {n: References.from_json(json.dumps(t)) for n, t in info["references"].items()}
     except (*_DAMAGED, InputError) as error:
         raise OrbqError(
@@ -389,31 +330,3 @@ def load(path: str | Path) -> Run:
     template = jax.eval_shape(potential.init, jax.random.key(0), *smallest_graph(dtype))
     params, _ = checkpoint.restore(best, {"params": template})
     return Run(potential, params["params"], config, references, info)
-
-
-def stored_config(directory: Path, info: Mapping[str, Any] | None = None) -> Config:
-    """The configuration a run was trained with. Raises InputError when it cannot be understood."""
-    info = info or read_description(directory)
-    return config_from_json(json.dumps(info.get("config")), str(directory / RUN_FILE))
-
-
-def stored_constants(directory: Path, info: Mapping[str, Any]) -> Constants:
-    """The constants of a run; info: its run.json. Raises KeyError, TypeError or ValueError when it
-    is damaged."""
-    stored = info["constants"]
-    return Constants(
-        elements=tuple(stored["elements"]),
-        energy_scale=stored["energy_scale"],
-        avg_num_neighbors=stored["avg_num_neighbors"],
-        statistics=read_statistics(directory / STATISTICS_FILE, info["architecture"]["heads"]),
-        method=str(stored.get("method", GFN1)),
-    )
-
-
-def _architecture(stored: Mapping[str, Any]) -> Architecture:
-    fields = dict(stored)
-    fields["radial_hidden"] = tuple(fields["radial_hidden"])
-    fields["heads"] = tuple((name, kind) for name, kind in fields["heads"])
-    if unavailable():
-        fields["kernels"] = "xla"  # computes the same
-    return Architecture(**fields)

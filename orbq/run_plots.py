@@ -21,7 +21,8 @@ from orbq.plots import (
     read_metrics,
     save,
 )
-from orbq.run import RUN_FILE, Run
+from orbq.run import Run
+from orbq.run_files import RUN_FILE
 from orbq.scores import ENERGIES, PER_STRUCTURE, Evaluation
 
 COLUMNS = 3  # panels in a row

@@ -20,7 +20,7 @@ from orbq.initial import TAUGHT_FILE, prepare_from, with_own_copy
 from orbq.preprocess.frames import find_sources
 from orbq.preprocess.label import preprocess
 from orbq.preprocess.store import Dataset
-from orbq.run import EMBEDDED, run_directory
+from orbq.run_files import EMBEDDED, run_directory
 from orbq.stablehlo import export
 
 (NAME,) = EMBEDDED

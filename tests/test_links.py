@@ -16,7 +16,7 @@ from orbq.config import Config, parse_config
 from orbq.errors import InputError
 from orbq.fit import fit
 from orbq.preprocess.links import make_directory, refuse_links
-from orbq.run import RUN_FILE
+from orbq.run_files import RUN_FILE
 from orbq.study.report import write_report
 from orbq.study.run import run_ablation
 from tests.tiny_run import random_run, save_run

@@ -14,7 +14,7 @@ from tiny_run import random_run, save_run
 
 import orbq
 from orbq.errors import InputError, OrbqError
-from orbq.run import RUN_FILE, STATISTICS_FILE
+from orbq.run_files import RUN_FILE, STATISTICS_FILE
 
 
 @pytest.fixture(scope="module")

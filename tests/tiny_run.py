@@ -17,7 +17,8 @@ from orbq.models.potential import Constants, make_potential, smallest_graph
 from orbq.orbitals import MAX_Z
 from orbq.preprocess.frames import find_sources, read_frames
 from orbq.preprocess.references import References
-from orbq.run import CHECKPOINTS, Run, save_description
+from orbq.run import Run
+from orbq.run_files import CHECKPOINTS, save_description
 from orbq.targets import TARGETS, Statistics
 
 MODEL: dict[str, Any] = {

@@ -96,7 +96,7 @@ def predict(
 
 def _split(run: Path, rest: list[str]) -> tuple[list[Path], list[str]]:
     """The runs and the files. Raises InputError when no file is among them."""
-    from orbq.run import RUN_FILE
+    from orbq.run_files import RUN_FILE
 
     runs = [run, *(Path(text) for text in rest if (Path(text) / RUN_FILE).is_file())]
     files = [text for text in rest if Path(text) not in runs[1:]]
