@@ -23,6 +23,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
+from orbq.compiled import Counted
 from orbq.errors import InputError
 from orbq.inference import atomic_charges, voigt
 from orbq.models.potential import predict
@@ -53,8 +54,9 @@ class Calculator(AseCalculator):
     ``spin_multiplicity``) as ``Run.structure`` does; a change of them is noticed. Charges are
     computed only when asked for, the stress from the first time it is asked for on. The dipole
     moment is that of the atomic charges as points, about the centre of mass (which matters only
-    for an ion), of structures that are not periodic. It can be pickled, to be used in other
-    processes; ``copy.deepcopy`` shares what is compiled, where each image of a path needs its own.
+    for an ion), of structures that are not periodic. Calculators can
+    be pickled, and those of one loaded run share what is compiled: each image of a path may have
+    its own.
 
     Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
     target that the run lacks.
@@ -80,10 +82,9 @@ class Calculator(AseCalculator):
         known = IMPLEMENTED if self.run.taught_energy else ()
         self.implemented_properties = [*known, *(FROM_CHARGES if self.charge_target else ())]
         self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
-        self.compilations = 0
+        self._compiled_before = self._compilations()
         self._capacity = Capacity(0, 0)
         self._with_stress = False
-        self._compiled = _Programs()
         self._place_parameters()
 
     def _place_parameters(self) -> None:
@@ -95,7 +96,17 @@ class Calculator(AseCalculator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._compiled_before = self._compilations()
         self._place_parameters()
+
+    def _compilations(self) -> int:
+        return sum(program.compilations for program in self.run.programs.values())
+
+    @property
+    def compilations(self) -> int:
+        """How often a program of the run, which all its calculators share, was compiled since this
+        calculator was made."""
+        return self._compilations() - self._compiled_before
 
     # ------------------------------------------------------------------ what ASE calls
 
@@ -196,15 +207,15 @@ class Calculator(AseCalculator):
 
     def program(self, name: str) -> Callable[..., Any]:
         """The compiled ``(params, *padded(...)) -> arrays`` of "forces", "stress" or "charges"."""
-        if name not in self._compiled:
-            self._compiled[name] = self._compile(name)
-        return self._compiled[name]
+        place = name, (self.charge_target or "") * (name == "charges")
+        if place not in self.run.programs:
+            self.run.programs[place] = self._program(*place)
+        return self.run.programs[place]
 
-    def _compile(self, name: str) -> Callable[..., Any]:
-        potential, target = self.run.potential, self.charge_target or ""
+    def _program(self, name: str, target: str) -> Counted:
+        potential = self.run.potential
 
         def program(params: Any, positions: Any, graph: jraph.GraphsTuple, cell: Any) -> Any:
-            self.compilations += 1
             if name == "charges":
                 return potential.apply(params, positions, graph, (target,))[1][target]
             if name == "stress":
@@ -214,20 +225,10 @@ class Calculator(AseCalculator):
             out = predict(potential, params, positions, graph)
             return out.energy, out.forces
 
-        return jax.jit(program)
+        return Counted(program)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return jax.enable_x64(True) if self.dtype == np.float64 else nullcontext()
-
-
-class _Programs(dict[str, Callable[..., Any]]):
-    """Compiled programs: copies of a calculator share them, one that is pickled leaves them."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Programs:
-        return self
-
-    def __reduce__(self) -> tuple[type[_Programs], tuple[()]]:
-        return _Programs, ()
 
 
 def _loaded(run: str | Path, dtype: str | None) -> Run:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import checkpoint
+from orbq.compiled import Counted
 from orbq.config import Config
 from orbq.errors import InputError, OrbqError
 from orbq.models.potential import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from orbq.inference import BatchPredictor
     from orbq.scores import Evaluation
 
+_COMPILED = ("energy", "batches", "programs", "_predict")  # what a Run compiles when it is used
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -85,8 +87,16 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         """To be pickled: nothing that is compiled, and parameters as NumPy arrays, which stay
         float64 where JAX is not told to use it."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("energy", "batches", "_predict")}
+        kept = {k: v for k, v in vars(self).items() if k not in _COMPILED}
         return {**kept, "params": jax.device_get(self.params)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self  # nothing of it changes
+
+    @cached_property
+    def programs(self) -> dict[tuple[str, str], Counted]:
+        """The compiled programs that its calculators share, by what they compute."""
+        return {}
 
     @cached_property
     def energy(self) -> Any:
