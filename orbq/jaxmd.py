@@ -36,6 +36,7 @@ femtosecond. Schoenholz, Cubuk, NeurIPS 2020, arXiv:1912.04232.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ from jaxtyping import Array
 from orbq.annotate import require_energy
 from orbq.errors import InputError, OrbqError
 from orbq.models.potential import energy_fn as energy_of
-from orbq.run import Run
+from orbq.run import Run, load
 from orbq.schema import Structure
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class NeighborPotential(NamedTuple):
 
 
 def jax_md(
-    run: Run,
+    run: Run | str | Path,
     atoms: Atoms | Structure,
     displacement: Callable[..., Array],
     box: Any = None,
@@ -74,9 +75,10 @@ def jax_md(
 ) -> NeighborPotential:
     """The run's potential for the elements, charge and spin of ``atoms`` in jax-md's convention.
 
-    displacement: jax-md's ``d(R_a, R_b, **kwargs)``, as of ``space.periodic_general``. box: Å, as
-    jax-md takes it (a number, [3], or [3, 3] with lattice vectors in columns); None for a molecule
-    in free space. skin: Å by which atoms may move in all before neighbours are searched anew.
+    run: loaded, or its directory. displacement: jax-md's ``d(R_a, R_b, **kwargs)``, as of
+    ``space.periodic_general``. box: Å, as jax-md takes it (a number, [3], or [3, 3] with lattice
+    vectors in columns); None for a molecule in free space. skin: Å by which atoms may move in all
+    before neighbours are searched anew.
     options: of ``jax_md.partition.neighbor_list``, as ``fractional_coordinates`` or ``format``
     (Sparse, the default, or Dense).
 
@@ -84,13 +86,15 @@ def jax_md(
     ``box`` there is that of the energy. Precision is that of the positions.
 
     Raises OrbqError without jax-md, InputError for a structure that the run cannot take, a run that
-    was taught no energies, half neighbour lists, a periodic structure without a box, or a box in
-    which an atom could meet two images of another; ``energy_fn`` for positions of other atoms.
+    was taught no energies, half neighbour lists, a periodic structure without a box, a box with
+    the lattice vectors of ``atoms`` in rows, or one in which an atom could meet two images of
+    another; ``energy_fn`` for positions of other atoms.
     """
     try:
         from jax_md import partition
     except ImportError as error:
         raise OrbqError(f"jax-md is missing ({error}): pip install 'orbq[jax-md]'") from error
+    run = run if isinstance(run, Run) else load(run)
     require_energy(run)
     structure = run.structure(atoms)
     cutoff = run.potential.architecture.cutoff
@@ -106,6 +110,7 @@ def jax_md(
             )
         options.setdefault("disable_cell_list", True)
     else:
+        _check_not_rows(np.asarray(box, float), structure)
         _check_box(np.asarray(box, float), cutoff + skin)
     neighbor_fn = partition.neighbor_list(
         displacement, 1.0 if box is None else box, cutoff, skin, format=layout, **options
@@ -168,6 +173,16 @@ def _edges(neighbor: Any, n: int) -> tuple[Array, Array]:
     receivers = jnp.where(real, receivers, n - 1)
     order = jnp.argsort(receivers, stable=True)
     return jnp.where(real, senders, n)[order], receivers[order]
+
+
+def _check_not_rows(box: np.ndarray, structure: Structure) -> None:
+    """Refuse ASE's lattice vectors, in rows, where jax-md takes them in columns."""
+    cell = structure.cell
+    if box.shape == (3, 3) and np.allclose(box, cell) and not np.allclose(box, cell.T):
+        raise InputError(
+            "box has the lattice vectors of the structure in rows, jax-md takes them in columns: "
+            "pass atoms.cell.array.T"
+        )
 
 
 def _check_box(box: np.ndarray, reach: float) -> None:

@@ -126,6 +126,16 @@ def test_a_box_that_is_too_small(run):
         orbq.jax_md(run, atoms, displacement, 4.2)
 
 
+def test_lattice_vectors_in_rows_are_refused(run):
+    """ASE has them in rows, jax-md in columns: a tilted cell would be another one, in silence."""
+    atoms = bulk("TiO", "rocksalt", a=4.2, cubic=True).repeat(3)
+    atoms.cell[1, 0] = 2.0
+    displacement, _ = space.periodic_general(atoms.cell.array.T)
+    with pytest.raises(InputError, match=r"in rows.*pass atoms\.cell\.array\.T"):
+        orbq.jax_md(run, atoms, displacement, atoms.cell.array)
+    orbq.jax_md(run, atoms, displacement, atoms.cell.array.T)
+
+
 def test_a_crystal_without_a_box_and_positions_of_other_atoms(run):
     """A crystal would be computed as a cluster; an index beyond an array is none to JAX."""
     with pytest.raises(InputError, match="no box is given"):
