@@ -204,6 +204,8 @@ class _Loop:
             state = started_from(self.data.initial, jax.jit(init)(key, first))
         if devices.is_main():
             p, names = self.progress, [stage.name for stage in self.stages]
+            if drawn and (self.directory / METRICS).is_file():
+                self.reporter.warned(f"{self.directory} has no checkpoint left: it begins anew")
             records.truncate(self.directory, names, p.stage, p.step)
         placed: TrainState = devices.replicate(self.layout, state)
         if drawn and self.data.initial:

@@ -56,6 +56,14 @@ def test_statistics_are_written_again(data, whole, stopped, size):
     orbq.load(stopped)
 
 
+def test_a_run_without_any_checkpoint_begins_anew_and_says_so(data, whole, stopped):
+    shutil.rmtree(stopped / "checkpoints")
+    listener = Listener()
+    fit(config_of(data, stopped), reporter=listener)
+    assert any("has no checkpoint left: it begins anew" in text for text in listener.warnings)
+    assert_same_run(stopped, whole)
+
+
 def test_statistics_of_other_labels_are_refused(data, stopped):
     path = stopped / "statistics.npz"
     with np.load(path) as arrays:
