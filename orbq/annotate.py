@@ -30,7 +30,7 @@ from orbq.inference import (
     voigt,
 )
 from orbq.preprocess.frames import Frame, Source, read_frames
-from orbq.run import Run
+from orbq.run import Run, require_energy
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
@@ -97,15 +97,6 @@ def annotate(
         results = [_results(one, target, run.taught_energy, atoms.pbc.all()) for one in members]
         yield _annotated(atoms, results[0] if len(runs) == 1 else combined(results))
     yield from refused
-
-
-def require_energy(run: Run | Ensemble) -> None:
-    """Raise InputError for a run whose readout of energies was never taught."""
-    if not run.taught_energy:
-        raise InputError(
-            "the run was taught neither energies nor forces, only xTB labels: ask for its charges "
-            "(orbq predict --charges), or train one with loss.weights.energy above 0"
-        )
 
 
 def charge_target(run: Run | Ensemble) -> str:

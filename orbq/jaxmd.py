@@ -45,10 +45,9 @@ import jraph
 import numpy as np
 from jaxtyping import Array
 
-from orbq.annotate import require_energy
 from orbq.errors import InputError, OrbqError
 from orbq.models.potential import energy_fn as energy_of
-from orbq.run import Run, load
+from orbq.run import Run, load, require_energy
 from orbq.schema import Structure
 
 if TYPE_CHECKING:

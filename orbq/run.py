@@ -102,8 +102,6 @@ class Run:
     def energy(self) -> Any:
         """The compiled ``(params, positions, graph) -> energy`` (eV, without references), which
         ``jax.grad`` takes. Raises InputError for a run that was taught none (``taught_energy``)."""
-        from orbq.annotate import require_energy
-
         require_energy(self)
         return jax.jit(energy_fn(self.potential))
 
@@ -282,6 +280,15 @@ def is_one(atoms: Any) -> bool:
     from ase import Atoms
 
     return isinstance(atoms, Atoms | Structure)
+
+
+def require_energy(run: Any) -> None:
+    """Raise InputError for a run (or an ensemble) whose readout of energies was never taught."""
+    if not run.taught_energy:
+        raise InputError(
+            "the run was taught neither energies nor forces, only xTB labels: ask for its charges "
+            "(orbq predict --charges), or train one with loss.weights.energy above 0"
+        )
 
 
 def usable(run: Any, many: Iterable[Atoms | Structure]) -> Iterator[Structure]:

@@ -24,12 +24,12 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import __version__, standalone
-from orbq.annotate import charge_target, require_energy
+from orbq.annotate import charge_target
 from orbq.errors import InputError
 from orbq.models.potential import make_potential, predict
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.store import write_atomically
-from orbq.run import Run, load
+from orbq.run import Run, load, require_energy
 from orbq.targets import TARGETS
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
