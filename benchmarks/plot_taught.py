@@ -25,7 +25,8 @@ Curves = dict[str, dict[int, Errors]]
 
 def read(metric: str) -> Curves:
     """Test errors by arm, size (ALL: no subset) and (split, seed)."""
-    found = read_from([RESULTS / f"tmc_grown_{study}.jsonl" for study in STUDIES], metric)
+    paths = [RESULTS / f"tmc_grown_{study}.jsonl" for study in STUDIES]
+    found = read_from(paths, metric, lambda r: not r["ablation"].startswith("wide"))
     alone = {**found["alone"], ALL: found["longest"][ALL]}
     taught = {**found["taught"], ALL: found["taught_long"][ALL]}
     beside = {arm: found[arm] for arm in ("delta", "energy-only", "onsite")}
@@ -67,6 +68,20 @@ def tell(curves: dict[str, Curves]) -> None:
             print(f"{LABELS[metric]}: {name}: {means}, {change_text(change(arm, base)[0])}")
 
 
+def tell_wide(curves: dict[str, Curves]) -> None:
+    """What `onsite` of the same structures brings in the larger network; its runs, of one seed a
+    split, beside the small network's mean over its seeds, too."""
+    for metric, table in curves.items():
+        paths = [RESULTS / "tmc_grown_unsloped_hot.jsonl"]
+        wide = read_from(paths, metric, lambda r: r["ablation"].startswith("wide"))
+        arm, base, small = wide["onsite"][ALL], wide["energy-only"][ALL], table["energy-only"][ALL]
+        of_split = {k: mean({r: e for r, e in small.items() if r[0] == k[0]}) for k in base}
+        means = f"{mean(arm):.0f} against {mean(base):.0f}"
+        print(f"{LABELS[metric]}: onsite in the larger network: {means}", end="")
+        pairs = {"both": (arm, base), "to small alone": (arm, of_split), "alone": (base, of_split)}
+        print("".join(f", {n} {change_text(change(*pair)[0])}" for n, pair in pairs.items()))
+
+
 def tell_energies() -> None:
     """What `onsite` of the same structures brings where no forces are taught."""
     path = RESULTS / "tmc_grown_energies_hot.jsonl"
@@ -97,6 +112,7 @@ def tell_second(curves: dict[str, Curves]) -> None:
 if __name__ == "__main__":
     found = {metric: read(metric) for metric in LABELS}
     tell(found)
+    tell_wide(found)
     tell_energies()
     tell_second(found)
     print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))

@@ -23,6 +23,8 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from curves import Errors, change_text, mean
+from plot_tmc import change
 from study import record, trained
 
 from orbq.evaluate import evaluate
@@ -71,7 +73,6 @@ def measure(work: Path, weight: float, spin: bool, seed: int) -> None:
     run = trained(BASE, overrides, {}, work / f"stress-{weight:g}-{spin}-{seed}")
     seconds = time.process_time() - started
     dataset = Dataset.open(work / "alloys")
-
     found = evaluate(run, dataset, targets=["energy", "forces", "stress"], split="test")
     errors = {k: round(v, 4) for k, v in found.errors().items() if "_mae_" in k}
     told = {"weight": weight, "embed_spin": spin, "seed": seed}
@@ -85,16 +86,18 @@ def recorded() -> list[dict]:
 
 
 def report() -> None:
-    """Means over the seeds."""
+    """Means over the seeds, and changes paired by seed: against weight 0, and by seeing spins."""
+    errors: dict[tuple[float, bool], dict[str, Errors]] = {arm: {} for arm in ARMS}
+    for r in recorded():
+        for name, error in r["test"].items():
+            errors[r["weight"], r["embed_spin"]].setdefault(name, {})[r["seed"], 0] = error
     for weight, spin in ARMS:
-        found = [r for r in recorded() if (r["weight"], r["embed_spin"]) == (weight, spin)]
-        if found:
-            means = {k: np.mean([r["test"][k] for r in found]) for k in found[0]["test"]}
-            told = ", ".join(f"{k} {v:.2f}" for k, v in means.items())
-            cost = np.median([r["cpu_ms_per_step"] for r in found])
-            print(
-                f"weight {weight:g}, spin {spin}, {len(found)} runs: {told}; {cost:.1f} ms a step"
-            )
+        for name, own in errors[weight, spin].items():
+            told = f"weight {weight:g}, spin {spin}: {name} {mean(own):.2f} of {len(own)} runs"
+            for base, said in (((0.0, spin), "to weight 0"), ((weight, False), "by spin")):
+                if base != (weight, spin) and name in errors[base]:
+                    told += f"; {change_text(change(own, errors[base][name])[0])} {said}"
+            print(told)
 
 
 def main() -> None:

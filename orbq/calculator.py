@@ -29,7 +29,7 @@ from orbq.inference import atomic_charges, voigt
 from orbq.models.potential import predict
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES
-from orbq.run import Run, load
+from orbq.run import Run, load, require_energy
 from orbq.run_files import read_description, run_directory
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
@@ -54,9 +54,8 @@ class Calculator(AseCalculator):
     ``spin_multiplicity``) as ``Run.structure`` does; a change of them is noticed. Charges are
     computed only when asked for, the stress from the first time it is asked for on. The dipole
     moment is that of the atomic charges as points, about the centre of mass (which matters only
-    for an ion), of structures that are not periodic. Calculators can
-    be pickled, and those of one loaded run share what is compiled: each image of a path may have
-    its own.
+    for an ion), of structures that are not periodic. Calculators can be pickled, and those of
+    one loaded run share what is compiled: each image of a path may have its own.
 
     Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
     target that the run lacks.
@@ -169,11 +168,11 @@ class Calculator(AseCalculator):
                 "this run was trained without a charge target: charges need one of "
                 f"loss.weights.{{{', '.join(CHARGE_TARGETS)}}} above 0 in training"
             )
-        if not self.run.taught_energy and not set(IMPLEMENTED).isdisjoint(properties):
-            raise PropertyNotImplementedError(
-                "the run was taught neither energies nor forces, only xTB labels: ask for its "
-                "charges, or train one with loss.weights.energy above 0"
-            )
+        if not set(IMPLEMENTED).isdisjoint(properties):
+            try:
+                require_energy(self.run)
+            except InputError as error:
+                raise PropertyNotImplementedError(str(error)) from error
 
     def _energy(self, structure: Structure) -> None:
         name = "stress" if self._with_stress else "forces"

@@ -34,7 +34,7 @@ from orbq.preprocess.plan import choose_budget, epoch_items, mean_size
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.references import Fit, References, fit_of, fit_pool_references, pool_elements
 from orbq.preprocess.store import Dataset
-from orbq.scales import energy_scale, label_statistics, scales_of
+from orbq.scales import component_scales, energy_scale, energy_scales, label_statistics
 from orbq.schema import FIELDS
 from orbq.splits import split
 from orbq.targets import MAIN_TERMS, TARGETS
@@ -174,13 +174,13 @@ def prepare(
     fits = _fit_references(config, pools["train"], teaching, terms, taught, known or {})
     elements = pool_elements(teaching)
     require_elements(pools, elements, {n: f.references for n, f in fits.items()})
-    scales = scales_of(terms, fits, teaching)  # of whole structures, as the network is scaled
+    components = component_scales(terms, teaching)
     train = pools["train"]
     require_edges(train)
     neighbors = config.model.avg_num_neighbors or train.n_edges.sum() / train.n_nodes.sum()
     constants = Constants(
         elements=tuple(int(z) for z in elements),
-        energy_scale=energy_scale(scales, float(train.n_nodes.mean())),
+        energy_scale=energy_scale(energy_scales(fits) | components, float(train.n_nodes.mean())),
         avg_num_neighbors=max(float(neighbors), 1.0),
         statistics=stats,
         method=dataset.method,
@@ -195,7 +195,7 @@ def prepare(
             loss.kind,
             loss.huber_delta,
             loss.energy_per,
-            scales_of(terms, fits, teaching, loss.energy_per),
+            energy_scales(fits, loss.energy_per) | components,
             stats,
         ),
         constants=constants,

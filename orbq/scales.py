@@ -19,19 +19,17 @@ _ENERGY_FLOORS = {"structure": 1e-3, "atom": 1e-4}  # eV, eV/atom
 _FLOORS = {"forces": 1e-3, "xtb_forces": 1e-3, "stress": 1e-5}  # eV/Å, eV/Å^3
 
 
-def scales_of(
-    terms: tuple[str, ...], fits: Mapping[str, Fit], teaching: Pool, energy_per: str = "structure"
-) -> dict[str, float]:
-    """Scale of every term that is no per-atom target, eV, eV/Å or eV/Å^3: the deviation of what
-    the references leave of an energy, the root mean square of a component of forces and stress.
-
-    energy_per: "structure", or "atom" for the root mean square of what is left of energies per
-    atom, eV/atom.
-    """
+def energy_scales(fits: Mapping[str, Fit], energy_per: str = "structure") -> dict[str, float]:
+    """Scale of every energy, eV: the deviation of what the references leave of it; with "atom" the
+    root mean square of what they leave of energies per atom, eV/atom."""
     floor = _ENERGY_FLOORS[energy_per]
     left = {n: f.std_per_atom if energy_per == "atom" else f.std for n, f in fits.items()}
-    scales = {name: max(scale, floor) for name, scale in left.items()}
-    return scales | {name: _root_mean_square(teaching, name) for name in _FLOORS if name in terms}
+    return {name: max(scale, floor) for name, scale in left.items()}
+
+
+def component_scales(terms: tuple[str, ...], teaching: Pool) -> dict[str, float]:
+    """Scale of forces and stress, eV/Å and eV/Å^3: the root mean square of a component."""
+    return {name: _root_mean_square(teaching, name) for name in _FLOORS if name in terms}
 
 
 def _root_mean_square(pool: Pool, field: str) -> float:
