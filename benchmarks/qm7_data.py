@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from ase import Atoms
-from study import make_delta
+from study import make_delta, make_mean
 
 from orbq.config import load_config
 from orbq.data import make_packer, prepare, to_batch
 from orbq.fit import fit
 from orbq.models.potential import make_potential
 from orbq.orbitals import COLUMN_SHELL, GFN1
-from orbq.preprocess.label import preprocess
+from orbq.preprocess.label import Recipe, preprocess
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.store import Dataset
 from orbq.splits import split
@@ -80,9 +80,27 @@ TAUGHT = {
         "loss.weights.xtb_energy=1",
         "training.n_steps=80000",
     ),
+    "mean": (
+        "loss.weights.onsite=20",
+        "loss.weights.xtb_energy=1",
+        "training.n_steps=80000",
+    ),
     "charges": ("loss.weights.onsite=20",),
     "energies": ("loss.weights.xtb_energy=1",),
 }
+
+
+def make_means(place: Path, split_seed: int) -> dict[str, str]:
+    """The means of GFN1's and GFN2's energies in place of GFN1's, of all molecules (@data) and of
+    the training molecules without energies (@rest)."""
+    words = {}
+    for word, name in (("@data", "qm7"), ("@rest", f"rest-{split_seed}")):
+        source, second = place / name, place / f"{name}-gfn2"
+        dataset = Dataset.open(source)
+        preprocess([molecule(dataset, r) for r in range(len(dataset))], second, Recipe("GFN2-xTB"))
+        make_mean(source, second, place / f"{name}-mean")
+        words[word] = str(place / f"{name}-mean")
+    return words
 
 
 def pretrained(place: Path, rest: str, kind: str, seed: int) -> str:

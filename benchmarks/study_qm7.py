@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qm7_data import CONFIG, make_data, pretrained
+from qm7_data import CONFIG, make_data, make_means, pretrained
 from study import main
 
 # Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
@@ -121,7 +121,7 @@ CHOSEN = {
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
 # networks taught by labels
-PRETRAINED = {"both": 2, "forces": 2, "longer": 2, "charges": 1, "energies": 1}
+PRETRAINED = {"both": 2, "forces": 2, "longer": 2, "mean": 2, "charges": 1, "energies": 1}
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -223,7 +223,7 @@ STUDIES["weights"] = {
         "ablation.baseline=true",
     )
 }
-FINE["forces"] = FINE["longer"] = FINE["both"]
+FINE["forces"] = FINE["longer"] = FINE["mean"] = FINE["both"]
 # how to learn energies after labels: by validation, N = 100, on subsets 0 and 1
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
 _LAYERS = ("backbone/species", "backbone/embedding", *(f"backbone/layer{n}" for n in range(3)))
@@ -258,7 +258,7 @@ STUDIES["delta"] = {
     for replicate in (0, 2)
     for n in (100, 200, 400)
 }
-_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3]}
+_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3], "mean": SIZES[:4]}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
@@ -278,6 +278,8 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     if study.startswith("first_") or study == "delta":
         others = {"first_search": "both", "first_taught": "longer", "delta": "charges"}
         kind = others.get(study, study.split("_")[-1])
+        if kind == "mean":
+            words |= make_means(place, 1)
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words

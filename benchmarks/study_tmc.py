@@ -15,7 +15,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from study import main, make_delta
-from tmc_data import CONFIG, FROM_METALS, TAUGHT, make_grown, make_hot, make_stand_in, taught
+from tmc_data import (
+    CONFIG,
+    FROM_METALS,
+    TAUGHT,
+    make_grown,
+    make_hot,
+    make_means,
+    make_stand_in,
+    taught,
+)
 
 from orbq.datasets import open_dataset
 
@@ -256,6 +265,14 @@ STUDIES["grown_second_anew"] = _curves(
     (("second", n, (*_FROM_METALS, "training.initial='@anew0'")) for n in (100, 200)),
     splits=CHOOSING | SUBSETS,
 )
+# the same network taught the means of GFN1's and GFN2's energies and forces, nearer to DFT's
+STUDIES["grown_mean"] = _curves(
+    (
+        *(("mean", n, (*_FROM_METALS, "training.initial='@mean0'")) for n in (100, 200, 0)),
+        ("mean_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@mean0'")),
+    ),
+    splits=CHOOSING | SUBSETS,
+)
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
 STUDIES["grown_energies_hot"] = _curves(
@@ -293,9 +310,11 @@ def prepare(place: Path, study: str) -> dict[str, str]:
         kind = study.split("_")[-1]
         if study == "grown_stand_in":
             words["@stand-in"] = make_stand_in(place)
-        distorted = kind in ("hot", "longer", "further", "anew")
+        distorted = kind in ("hot", "longer", "further", "anew", "mean")
         if distorted:
             words["@hot"] = make_hot(place)
+        if kind == "mean":
+            words |= make_means(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")
         rest = words["@hot" if distorted else "@rest"]
         used = {f"@{kind}{seed}": seed for seed in (0, 1)}

@@ -13,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
+from study import make_mean
 
 from orbq.config import load_config
 from orbq.fit import fit
@@ -48,6 +49,7 @@ TAUGHT = {
 TAUGHT["hot"] = TAUGHT["all"]
 TAUGHT["longer"] = (*TAUGHT["hot"], "training.n_steps=60000", "training.validate_every=6000")
 TAUGHT["anew"] = (*TAUGHT["longer"], "data.charge_reference=false")
+TAUGHT["mean"] = TAUGHT["anew"]
 TAUGHT["further"] = (
     *TAUGHT["hot"],
     "training.initial=gfn1-metals",
@@ -76,10 +78,26 @@ def make_grown(place: Path) -> dict[str, str]:
 def make_hot(place: Path) -> str:
     """Label the complexes without DFT as they are, rattled, and with one ligand drawn away or
     pushed in: what dynamics meet and relaxed structures do not tell."""
+    preprocess(_hot(), place / "grown-hot")
+    return str(place / "grown-hot")
+
+
+def _hot() -> list[Atoms]:
     rest = _rest([frame for path in GROWN for frame in _frames(path)])
     rng = np.random.default_rng(0)
-    preprocess(rest + [distorted(f, rng, d) for f in rest for d in (0.0, 1.0)], place / "grown-hot")
-    return str(place / "grown-hot")
+    return rest + [distorted(f, rng, d) for f in rest for d in (0.0, 1.0)]
+
+
+def make_means(place: Path) -> dict[str, str]:
+    """The means of GFN1's and GFN2's energies and forces in place of GFN1's, of the complexes with
+    DFT (@data) and of those that make_hot labels (@hot)."""
+    known = [frame for path in GROWN for frame in _frames(path)]
+    words = {}
+    for word, name, frames in (("@data", "grown", known), ("@hot", "grown-hot", _hot())):
+        preprocess(frames, place / f"{name}-gfn2", Recipe("GFN2-xTB"))
+        make_mean(place / name, place / f"{name}-gfn2", place / f"{name}-mean")
+        words[word] = str(place / f"{name}-mean")
+    return words
 
 
 def distorted(frame: Atoms, rng: np.random.Generator, reach: float) -> Atoms:
