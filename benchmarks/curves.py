@@ -1,9 +1,8 @@
 """What the plots of learning curves share: one arm held against another at the same train size.
 
 Changes are of the geometric mean over replicates, which both arms share, with Student's 95 %
-interval of the paired log ratios. Data factors are read from the baseline's curve on log-log axes;
-their intervals are 95 % percentiles over resamplings of the replicates, which four of them make too
-narrow.
+interval of the paired log ratios. Data factors are read from the baseline's curve on log-log axes,
+with the intervals of ``orbq.equivalence``.
 """
 
 from __future__ import annotations
@@ -15,21 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from scipy.stats import t as student
 
-from orbq.equivalence import LEVEL, needed
+from orbq.equivalence import LEVEL, Estimate, factor
 from orbq.plots import COLOURS, MARKERS, plain_log
 
 Errors = dict[tuple[int, int], float]  # of the replicates
 
 
-def compare(
-    baseline: Mapping[int, Errors], arm: Errors, n: int, n_samples: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Relative change of the error at ``n``, and data factor there: value, low, high each; the
-    change of one replicate has no interval."""
-    rng = np.random.default_rng(0)
+def compare(baseline: Mapping[int, Errors], arm: Errors, n: int) -> tuple[np.ndarray, Estimate]:
+    """Relative change of the error at ``n``, value, low and high, and data factor there; the change
+    of one replicate has no interval."""
     sizes = sorted(baseline)
-    curve = {k: np.array([baseline[k][r] for r in sorted(baseline[k])]) for k in sizes}
-    own = np.array([arm[r] for r in sorted(arm)])
+    curve = [np.array([baseline[k][r] for r in sorted(baseline[k])]) for k in sizes]
     shared = [r for r in sorted(baseline[n]) if r in arm]
     ratios = np.log([arm[r] / baseline[n][r] for r in shared])
     width = np.inf
@@ -37,22 +32,8 @@ def compare(
         width = (
             student.ppf((1 + LEVEL) / 2, len(ratios) - 1) * ratios.std(ddof=1) / len(ratios) ** 0.5
         )
-
-    def factor(errors: Mapping[int, np.ndarray], error: float) -> float:
-        means = np.array([errors[k].mean() for k in sizes])
-        return needed(np.array(sizes, float), means, error) / n
-
-    def drawn(values: np.ndarray) -> np.ndarray:
-        return values[rng.integers(0, len(values), len(values))]
-
-    factors = [
-        factor({k: drawn(v) for k, v in curve.items()}, drawn(own).mean()) for _ in range(n_samples)
-    ]
-    tail = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return (
-        np.exp(ratios.mean() + np.array([0.0, -width, width])) - 1,
-        np.array([factor(curve, own.mean()), *np.quantile(factors, tail, method="nearest")]),
-    )
+    found = factor(np.array(sizes, float), curve, np.array([arm[r] for r in sorted(arm)]), n)
+    return np.exp(ratios.mean() + np.array([0.0, -width, width])) - 1, found
 
 
 def mean(errors: Errors) -> float:
@@ -63,12 +44,6 @@ def mean(errors: Errors) -> float:
 def change_text(change: np.ndarray) -> str:
     """-22 % (-36 to -6)"""
     return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * change))
-
-
-def factor_text(factor: np.ndarray, end: float) -> str:
-    """1.9 (1.4 to > 2.5), where the baseline's curve ends at a factor of ``end``."""
-    told = (f"{x:.1f}" if np.isfinite(x) else f"> {end:.2g}" for x in factor)
-    return "{} ({} to {})".format(*told)
 
 
 def draw_curves(axis: Axes, curves: Mapping[str, Mapping[int, Errors]]) -> None:

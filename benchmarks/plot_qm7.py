@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from curves import Errors, change_text, compare, draw_curves, factor_text, mean
+from curves import Errors, change_text, compare, draw_curves, mean
 
+from orbq.equivalence import factor_text
 from orbq.plots import new_figure, save
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,7 +101,7 @@ def tell(table: Table) -> None:
                 print(text + "| | |")
                 continue
             gain, factor = compare(table[BASELINE], table[arm][n], n)
-            times = factor_text(factor, max(table[BASELINE]) / n)
+            times = factor_text(factor)
             told = change_text(gain) if len(errors) > 1 else f"{100 * gain[0]:+.0f} %"
             print(f"{text}| {told} | {times} |")
 

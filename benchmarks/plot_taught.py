@@ -11,8 +11,10 @@ results/tmc_taught.png.
 
 from __future__ import annotations
 
-from curves import Errors, change_text, compare, factor_text, mean
+from curves import Errors, change_text, compare, mean
 from plot_tmc import ALL, LABELS, RESULTS, UNITS, change, draw_both_curves, read_from
+
+from orbq.equivalence import factor_text
 
 STUDIES = ("unsloped_hot", "taught_hot", "delta_hot")
 NAMES = {
@@ -41,7 +43,7 @@ def tell(curves: dict[str, Curves]) -> None:
         base, taught = table["alone"], table["taught"]
         for n in sorted(base):
             gain, factor = compare(base, taught[n], n)
-            end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
+            end = f"{change_text(gain)} | {factor_text(factor)}"
             means = f"{mean(base[n]):.0f} | {mean(taught[n]):.0f}"
             print(f"| {n}, {LABELS[metric]}, {UNITS[metric]} | {means} | {end} |")
     for metric, table in curves.items():

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curves import Errors, change_text, compare, draw_curves, factor_text, mean
+from curves import Errors, change_text, compare, draw_curves, mean
 from scipy.stats import t as student
 
+from orbq.equivalence import factor_text
 from orbq.plots import COLOURS, MARKERS, new_figure, save
 
 RESULTS = Path(__file__).parent / "results"
@@ -166,7 +167,7 @@ def tell_curves(curves: dict[str, dict[str, dict[int, Errors]]]) -> None:
             for arm, name in zip(others, list(CURVES)[1:], strict=True):
                 if n in arm:
                     gain, factor = compare(base, arm[n], n)
-                    end = f"{change_text(gain)} | {factor_text(factor, ALL / n)}"
+                    end = f"{change_text(gain)} | {factor_text(factor)}"
                     print(f"| | {name} | {mean(arm[n]):.0f} | {end} |")
     for arm, base in (("guided", "kept_hot"), ("longer", "guided"), ("longer", "kept_hot")):
         for n in sorted({*curves["energy_mae_meV"][arm]} & {*curves["energy_mae_meV"][base]}):

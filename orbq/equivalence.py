@@ -1,26 +1,27 @@
-"""How many times more data one arm needs to reach the error of another; intervals by bootstrap.
+"""How many times more data one arm needs to reach the error of another, with intervals.
 
 An arm at one train size is errors of options (weights, learning rates) x replicates (seeds). The
 option is chosen by the mean validation error, its test errors are what is compared. The baseline's
 learning curve, made monotone, is interpolated on log-log axes: if it reaches the error e(N) of the
 other arm at N' structures, the data-equivalence factor at N is N'/N.
 
-Intervals are percentiles over resampled replicates: anew at every size, jointly for both arms (a
-replicate has the same subset and initial parameters in both), the options chosen anew each time. Of
-few replicates they are too narrow: where an arm brings nothing, zero lies outside of the interval
-in 50, 30, 21, 15 and 10 % of ablations of 2, 3, 4, 5 and 10 replicates, and not in 5 %. Of fewer
-than FEW such an interval is hardly more than their range.
+Intervals are Student's, of replicates in pairs (a replicate has the same subset and initial
+parameters in both arms): of the logarithm of the ratio of the mean errors, by what each replicate
+departs from it. That of a factor is where the baseline's curve has the ends of the interval of
+e(N) / baseline's error at N'. The replicates of an option are taken as they are: that it was chosen
+among several is not counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 LEVEL = 0.95
-FEW = 5
 
 
 class Arm(NamedTuple):
@@ -76,64 +77,68 @@ def needed(sizes: np.ndarray, errors: np.ndarray, error: float) -> float:
     return float(np.exp(x[right - 1] + share * (x[right] - x[right - 1])))
 
 
-def reduction(baseline: Arm, arm: Arm, n_samples: int = 2000, seed: int = 0) -> Estimate:
+def reduction(baseline: Arm, arm: Arm) -> Estimate:
     """Relative error reduction: 1 - error of the arm / error of the baseline."""
-
-    def value(a: Arm, b: Arm) -> float:
-        return 1 - _error(b) / _error(a)
-
-    rng = np.random.default_rng(seed)
-    samples = [value(*_resampled(rng, baseline, arm)) for _ in range(n_samples)]
-    return _estimate(value(baseline, arm), samples, baseline.test.shape[1])
+    first, second = _errors(baseline), _errors(arm)
+    ratio = float(second.mean() / first.mean())
+    width = _half_width(_departures(second) - _departures(first))
+    return Estimate(1 - ratio, 1 - ratio * np.exp(width), 1 - ratio * np.exp(-width))
 
 
 def data_equivalence(
-    sizes: Sequence[int],
-    baseline: Sequence[Arm],
-    arm: Sequence[Arm],
-    n_samples: int = 2000,
-    seed: int = 0,
+    sizes: Sequence[int], baseline: Sequence[Arm], arm: Sequence[Arm]
 ) -> list[Estimate]:
-    """The data-equivalence factor at each of the ascending ``sizes``."""
+    """The data-equivalence factor at each of the ascending ``sizes``; the replicates of the two
+    are pairs, also across sizes where there are equally many."""
     n = np.asarray(sizes, float)
-    rng = np.random.default_rng(seed)
-
-    def factors(pairs: Sequence[tuple[Arm, Arm]]) -> list[float]:
-        curve = np.array([_error(a) for a, _ in pairs])
-        return [needed(n, curve, _error(b)) / size for (_, b), size in zip(pairs, n, strict=True)]
-
-    pairs = list(zip(baseline, arm, strict=True))
-    values = factors(pairs)
-    samples = np.array(
-        [factors([_resampled(rng, a, b) for a, b in pairs]) for _ in range(n_samples)]
-    )
-    replicates = min(a.test.shape[1] for a in baseline)
-    return [
-        _estimate(value, samples[:, i], replicates)._replace(limit=(n[0] / n[i], n[-1] / n[i]))
-        for i, value in enumerate(values)
-    ]
+    curve = [_errors(a) for a in baseline]
+    return [factor(n, curve, _errors(b), size) for b, size in zip(arm, n, strict=True)]
 
 
-def _error(arm: Arm) -> float:
-    """Mean test error of the option that validation chooses."""
-    return float(arm.test[choose(arm)].mean())
+def factor(
+    sizes: np.ndarray, curve: Sequence[np.ndarray], errors: np.ndarray, size: float
+) -> Estimate:
+    """The data-equivalence factor of replicates' ``errors`` at ``size``. sizes [K], curve: the
+    baseline's errors, [replicates] at each of them."""
+    means, error = np.array([c.mean() for c in curve]), float(errors.mean())
+    place = needed(sizes, means, error)
+    width = _width_beside(sizes, curve, errors, place)
+    low, high = (needed(sizes, means, error * np.exp(w)) for w in (width, -width))
+    return Estimate(place / size, low / size, high / size, (sizes[0] / size, sizes[-1] / size))
 
 
-def _resampled(rng: np.random.Generator, first: Arm, second: Arm) -> tuple[Arm, Arm]:
-    """Both arms on the same replicates, drawn with replacement."""
-    n = first.test.shape[1]
-    picked = rng.integers(0, n, n)
-    a, b = (Arm(arm.validation[:, picked], arm.test[:, picked]) for arm in (first, second))
-    return a, b
+def _width_beside(
+    sizes: np.ndarray, curve: Sequence[np.ndarray], errors: np.ndarray, place: float
+) -> float:
+    """Half width of the interval of log(error / baseline's error) where the curve is at ``place``,
+    or at its nearer end; NaN where a curve is incomplete."""
+    if np.isnan(place):
+        return np.nan
+    x = np.log(np.clip(place, sizes[0], sizes[-1]))
+    shares = [np.interp(x, np.log(sizes), row) for row in np.eye(len(sizes))]
+    beside = [(w, _departures(c)) for w, c in zip(shares, curve, strict=True) if w > 0]
+    own = _departures(errors)
+    if all(len(other) == len(own) for _, other in beside):
+        return _half_width(own - sum(w * other for w, other in beside))
+    return math.hypot(_half_width(own), *(w * _half_width(other) for w, other in beside))
 
 
-def _estimate(value: float, samples: Sequence[float] | np.ndarray, replicates: int) -> Estimate:
-    if replicates < 2:
-        return Estimate(value, np.nan, np.nan)
-    tail = (1 - LEVEL) / 2
-    # no interpolation between samples: some may be infinite
-    low, high = np.quantile(samples, [tail, 1 - tail], method="nearest")
-    return Estimate(value, float(low), float(high))
+def _errors(arm: Arm) -> np.ndarray:
+    """[replicates] test errors of the option that validation chooses."""
+    return arm.test[choose(arm)]
+
+
+def _departures(errors: np.ndarray) -> np.ndarray:
+    """Of each replicate from the mean, relative to it."""
+    return errors / errors.mean() - 1
+
+
+def _half_width(departures: np.ndarray) -> float:
+    """Of Student's interval of their mean; NaN of a single one."""
+    n = len(departures)
+    if n < 2:
+        return np.nan
+    return float(student.ppf((1 + LEVEL) / 2, n - 1) * departures.std(ddof=1) / np.sqrt(n))
 
 
 def factor_text(estimate: Estimate) -> str:
@@ -142,7 +147,7 @@ def factor_text(estimate: Estimate) -> str:
     def one(value: float) -> str:
         if value == 0.0:
             return f"< {estimate.limit[0]:.2g}"
-        return f"> {estimate.limit[1]:.2g}" if np.isinf(value) else f"{value:.2g}"
+        return f"> {estimate.limit[1]:.2g}" if np.isinf(value) else f"{value:#.2g}".rstrip(".")
 
     outside = estimate.low == estimate.value == estimate.high and estimate.value in (0.0, np.inf)
     if np.isnan(estimate.low) or outside:

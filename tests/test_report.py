@@ -190,11 +190,14 @@ def test_the_page_stands_alone_and_says_what_was_found(
     assert float(line["reduction_low"]) == pytest.approx(0.3)
 
 
-def test_an_interval_of_few_seeds_is_told_as_what_it_is(records: list[dict[str, Any]]) -> None:
-    few = rows_of([r for r in records if r["seed"] < 3])
-    said = finding([row for row in few if row.arm == "onsite"])
-    assert "excludes zero, which is hardly more than the range of 3 seeds: by chance" in said
-    assert "25% of ablations or more; data-equivalence factor" in said
+def test_two_seeds_prove_little(records: list[dict[str, Any]]) -> None:
+    """The spread of two seeds is hardly known: what excludes zero with five includes it."""
+    noise = (1.0, -1.0, 1.0, -1.0, 0.5)
+    for r in records:
+        r["test"]["energy_mae_meV"] *= 1 + 0.1 * noise[r["seed"]] * (r["arm"] == "onsite")
+    for seeds, word in ((5, "excludes zero"), (2, "includes zero: no conclusion")):
+        rows = rows_of([r for r in records if r["seed"] < seeds])
+        assert word in finding([row for row in rows if row.arm == "onsite"])
 
 
 def test_pictures_have_units_and_every_arm(records: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orbq.equivalence import FEW, LEVEL, factor_text
+from orbq.equivalence import LEVEL, factor_text
 from orbq.study.pictures import Picture
 from orbq.study.plan import BASELINE, make_plan
 from orbq.study.report import (
@@ -97,9 +97,9 @@ def _findings(result: Result) -> str:
         return '<p class="note">No arm has runs to hold against energy-only ones yet.</p>'
     items = "".join(f"<li>{escape(text)}</li>" for text in told)
     level = (
-        f"Intervals: {LEVEL:.0%} by bootstrap over seeds, errors on the test structures. Of few "
-        "seeds they are too narrow: where an arm brings nothing, they exclude zero all the same in "
-        "30 % of ablations of three seeds, in 15 % of five and in 10 % of ten."
+        f"Intervals: Student's {LEVEL:.0%}, of seeds in pairs, errors on the test structures. They "
+        "tell the spread over these seeds and subsets, not over other data, and do not count that "
+        "a weight was chosen among several."
     )
     return f'<ul>{items}</ul>\n<p class="note">{level}</p>'
 
@@ -116,12 +116,6 @@ def finding(rows: Sequence[Row]) -> str:
     else:
         sure = "excludes zero" if gain.low > 0 or gain.high < 0 else "includes zero: no conclusion"
         text += f"; reduction {gain_text(gain)}, an interval that {sure}"
-        if (n := len(row.errors)) < FEW and sure == "excludes zero":
-            by_chance = 2.0 ** (1 - n)  # that all seeds err to one side
-            text += (
-                f", which is hardly more than the range of {n} seeds: by chance alone in "
-                f"{by_chance:.0%} of ablations or more"
-            )
     factors = [(r.n_train, r.factor) for r in rows if r.factor]
     covered = [(n, f) for n, f in factors if 0 < f.value < np.inf]
     for n, factor in covered[-1:] or factors[-1:]:

@@ -60,8 +60,8 @@ def pictures(
         caption = (
             "By how much the error is lower than that of energy-only training, and how many times "
             "more structures energy-only training needs for the same error (of several train "
-            "sizes). Bars: 95 % intervals by bootstrap over seeds; open arrows: beyond what the "
-            "energy-only curve covers."
+            "sizes). Bars: Student's 95 % intervals, of seeds in pairs; open arrows: beyond what "
+            "the energy-only curve covers."
         )
         drawn.append(_picture("gains", "What the charges bring", caption, gain_figure, rows))
     caption = (
