@@ -251,6 +251,23 @@ def _nearest_key(name: str, table: Sequence[Any], model: type[BaseModel]) -> lis
 # ---------------------------------------------------------------------------------------- writing
 
 
+def differences(before: Document, now: Document) -> list[str]:
+    """The keys in which two documents differ, with both values."""
+    a, b = _flat(before), _flat(now)
+    different = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+    return [f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in different]
+
+
+def _flat(tree: Any, prefix: str = "") -> Document:
+    """Nested tables as ``section.key`` -> value."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: Document = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
 def to_toml(document: Mapping[str, Any]) -> str:
     """A nested mapping of text, numbers, booleans, lists and tables as TOML."""
     lines: list[str] = []

@@ -18,6 +18,7 @@ import numpy as np
 
 from orbq import __version__
 from orbq.config import Config
+from orbq.config_text import differences
 from orbq.data import TrainingData
 from orbq.errors import InputError
 from orbq.lock import alone_in
@@ -159,9 +160,11 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
     elif held and RUN_FILE not in held:
         raise InputError(f"{directory} is not empty and holds no run: choose another directory")
     refuse_links(directory, "run.directory", foreign=_FOREIGN)
-    if held and (differences := _differences(stored_config(directory), config)):
+    if held and (
+        found := differences(_of_training(stored_config(directory)), _of_training(config))
+    ):
         raise InputError(
-            f"{directory} holds a run of another configuration ({'; '.join(differences)}): "
+            f"{directory} holds a run of another configuration ({'; '.join(found)}): "
             "choose another run.directory, or start anew with --overwrite (which deletes it)"
         )
     if not held:
@@ -170,22 +173,8 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
     return bool(held)
 
 
-def _differences(before: Config, now: Config) -> list[str]:
-    """The keys of training in which two configurations differ."""
-    ignored = {"run", "ablation"}
-    a, b = (_flat(config.model_dump(mode="json", exclude=ignored)) for config in (before, now))
-    different = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
-    return [f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in different]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested tables as ``section.key`` -> value."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return found
+def _of_training(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"run", "ablation"})
 
 
 def facts_of(

@@ -42,13 +42,15 @@ def ablate(
     Runs that differ only in weight, seed or learning rate train as one compiled program. Writes to
     run.directory, after every finished program: report.html (a page to look at), its pictures,
     summary.csv and results.csv; results.jsonl has every run. The same command goes on where it was
-    stopped.
+    stopped. Seeds, weights, train sizes and targets may be added later, after those that are there:
+    only the new runs train.
 
     \b
     Examples:
       orbq ablate configs/ablate_charge.toml --plan
       orbq ablate configs/ablate_charge.toml
       orbq ablate configs/ablate_charge.toml --report   # while it runs, or of a stopped one
+      orbq ablate configs/ablate_charge.toml ablation.seeds='[0, 1, 2, 3]'  # two seeds more
       orbq ablate mine.toml ablation.targets='["onsite"]' run.directory=runs/onsite
     """
     from orbq.compiled import configure_jax

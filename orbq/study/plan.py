@@ -172,3 +172,20 @@ def fingerprint(config: Config) -> str:
         left_out["loss"] = {"weights": {"stress"}}
     document = config.model_dump_json(exclude=left_out)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def grown(before: Config, now: Config) -> bool:
+    """Whether an ablation holds every run of an earlier one as it was: what was added to the table
+    (seeds, weights, rates, sizes, targets) leaves them their batches and heads."""
+    then, own = _trained_as(before), _trained_as(now)
+    return all(own.get(run) == how for run, how in then.items())
+
+
+def _trained_as(config: Config) -> dict[RunSpec, str]:
+    """For each run of an ablation what it depends on beside what is traced."""
+    found: dict[RunSpec, str] = {}
+    for program in make_plan(config):
+        traced: Any = {"training": {"learning_rate"}, "loss": {"weights": {program.target}}}
+        how = program.config.model_dump_json(exclude=traced | {"run": True, "ablation": True})
+        found |= dict.fromkeys(program.runs, f"{program.target} {how}")
+    return found

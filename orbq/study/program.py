@@ -36,6 +36,7 @@ from orbq.models.potential import Params, make_potential
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.plan import epoch_plan
 from orbq.preprocess.prefetch import prefetch
+from orbq.run_files import CHECKPOINTS
 from orbq.stages import Stage, make_stages
 from orbq.study.plan import Program, RunSpec, settings_of
 from orbq.train import Hyper, TrainState, make_evaluate, make_init, make_train_step, next_stage
@@ -106,7 +107,7 @@ class Training:
         """directory: for checkpoints; None for none. data: None to prepare it. asked: whether to
         stop before the next step."""
         self.program, self.watcher, self.asked = program, watcher or Unwatched(), asked
-        self.checkpoints = directory / "checkpoints" if directory else None
+        self.checkpoints = directory / CHECKPOINTS if directory else None
         self.data = data or prepare_from(program.config)
         _require_energies(self.data)
         for note in self.data.initial.notes if self.data.initial else ():

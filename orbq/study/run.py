@@ -1,4 +1,4 @@
-"""An ablation from a configuration to records on disk; it goes on where it was stopped.
+"""An ablation from a configuration to records on disk; it goes on where it was stopped, and grows.
 
 The directory holds ``ablation.json`` (configuration and fingerprint), ``results.jsonl`` (one line
 per finished run, with its provenance), ``programs/`` (checkpoints of unfinished programs), the
@@ -13,8 +13,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,21 +23,25 @@ import jax
 import numpy as np
 
 from orbq import __version__
+from orbq.checkpoint import meta_of, resumable
 from orbq.compiled import configure_jax
 from orbq.config import Config
+from orbq.config_text import differences
 from orbq.data import TrainingData, make_packer, prepare, to_batch
 from orbq.devices import term_signal
-from orbq.errors import InputError, told_when_full
+from orbq.errors import InputError, OrbqError, told_when_full
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.links import make_directory, refuse_links
 from orbq.preprocess.store import write_atomically
-from orbq.study.plan import Program, RunSpec, fingerprint, make_plan
+from orbq.run_files import CHECKPOINTS
+from orbq.study.plan import Program, RunSpec, fingerprint, grown, make_plan
 from orbq.study.program import Training, Unwatched, Watcher
+from orbq.study.report import DESCRIPTION, recorded_config
 
-DESCRIPTION, RESULTS, PROGRAMS = "ablation.json", "results.jsonl", "programs"
+RESULTS, PROGRAMS = "results.jsonl", "programs"
 _OWN = {DESCRIPTION, RESULTS, PROGRAMS}
 _COPIES = 8  # arrays of the parameters' size a run keeps: state, moments, best, gradient, update
 _SHARE = 0.5  # of the device's memory that the estimate may fill
@@ -83,7 +87,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """All records, those of the runs that had none yet added."""
     done = read_results(directory)
-    pending = pending_programs(config, done)
+    pending = list(_as_begun(pending_programs(config, done), directory))
     reporter.planned(pending, len(done))
     for program in pending:
         place = directory / PROGRAMS / program.name
@@ -106,6 +110,23 @@ def pending_programs(config: Config, done: Iterable[dict[str, Any]]) -> list[Pro
         programs = make_plan(config, runs_that_fit(largest.config))
     left = [p._replace(runs=tuple(r for r in p.runs if r not in finished)) for p in programs]
     return [program for program in left if program.runs]
+
+
+def _as_begun(pending: Iterable[Program], directory: Path) -> Iterator[Program]:
+    """The programs, those first that have a checkpoint of a part of their runs: of these it is
+    taken up, the others train after them."""
+    for program in pending:
+        begun = _runs_of_checkpoint(directory / PROGRAMS / program.name / CHECKPOINTS)
+        parts = [tuple(r for r in program.runs if (r in begun) is there) for there in (True, False)]
+        yield from (program._replace(runs=part) for part in parts if part)
+
+
+def _runs_of_checkpoint(checkpoints: Path) -> list[RunSpec]:
+    """The runs of the newest good checkpoint, none without one."""
+    for found in resumable(checkpoints):
+        with suppress(OrbqError):
+            return [RunSpec(*run) for run in meta_of(found)["runs"]]
+    return []
 
 
 # --------------------------------------------------------------------------- memory
@@ -163,10 +184,7 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
         except ValueError as error:
             raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
         if before.get("fingerprint") != own:
-            raise InputError(
-                f"{directory} holds an ablation of another configuration: choose another "
-                "run.directory, or start anew with --overwrite (which deletes it)"
-            )
+            _check_grown(directory, config)
     if not held:
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
@@ -176,6 +194,21 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
         "config": json.loads(config.model_dump_json()),
     }
     write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
+
+
+def _check_grown(directory: Path, config: Config) -> None:
+    """Refuse to go on with an ablation as another one, unless its table has only grown."""
+    before, told = recorded_config(directory), ""
+    if before is not None:
+        if grown(before, config):
+            return
+        documents = (c.model_dump(mode="json", exclude={"run"}) for c in (before, config))
+        told = f" ({'; '.join(differences(*documents))})"
+    raise InputError(
+        f"{directory} holds an ablation of another configuration{told}: choose another "
+        "run.directory, or start anew with --overwrite (which deletes it). Seeds, weights, sizes "
+        "and targets may be added to it, after those that are there"
+    )
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
