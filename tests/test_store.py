@@ -47,6 +47,14 @@ def test_arrays_have_the_schema_of_the_contract(made):
         made.structure_slice(3)
 
 
+def test_names_of_arrays(made):
+    assert "energy" in made and "energi" not in made
+    with pytest.raises(InputError, match=r"'energi' is no array of .*: .*energy"):
+        made["energi"]
+    with pytest.raises(TypeError, match="not iterable"):
+        list(made)
+
+
 def test_arrays_stay_on_disk(made):
     assert all(isinstance(array, np.memmap) for array in made.arrays.values())
     with pytest.raises(ValueError, match="read-only"):

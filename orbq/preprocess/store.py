@@ -90,7 +90,14 @@ class Dataset:
         return len(self.arrays[OFFSETS]) - 1
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self:
+            raise InputError(f"{name!r} is no array of {self.path}: {', '.join(self.arrays)}")
         return self.arrays[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.arrays
+
+    __iter__ = None  # it has a length (of structures) and names (of arrays): a loop would guess
 
     @property
     def offsets(self) -> np.ndarray:
