@@ -115,6 +115,17 @@ def test_a_stopped_sample_goes_on_to_the_same_frames(two: Path, tmp_path: Path) 
     assert out.read_bytes() == (tmp_path / "whole.extxyz").read_bytes()
 
 
+def test_a_finished_sample_given_again_is_kept(two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz.gz"
+    made = sample(str(two), out, SHORT)
+    before = out.stat().st_mtime_ns, out.read_bytes()
+    again = sample(str(two), out, SHORT)
+    assert again == made and (out.stat().st_mtime_ns, out.read_bytes()) == before
+    with pytest.raises(InputError, match="exists and is not what this command makes"):
+        sample(str(two), out, SHORT._replace(seed=1))
+    assert out.read_bytes() == before[1]
+
+
 def test_a_part_of_another_sample_is_refused(two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.extxyz"
 

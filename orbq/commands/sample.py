@@ -60,7 +60,8 @@ def sample(
 
     A trajectory takes one calculation of xTB (2 to 50 ms) for each of its before + frames x every
     fs. For a set of many compounds give as many --trajectories as structures, and few --frames.
-    Stopped, it goes on when the same command is given again, and with the same result.
+    Stopped, it goes on when the same command is given again, and with the same result; finished, it
+    is kept as it is.
 
     \b
     Examples:

@@ -12,6 +12,7 @@ on, and is the one it would have been.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
-from ase.io.extxyz import write_xyz
+from ase.io import iread
+from ase.io.extxyz import XYZError, write_xyz
 
 from orbq.errors import InputError, told_when_full
 from orbq.orbitals import METHODS
@@ -40,6 +42,7 @@ from orbq.schema import Structure
 
 SETTINGS = "settings.json"
 PARTIAL = ".partial"
+MADE_BY = "sample"  # key of each frame: the call that made it
 MAX_TEMPERATURE = 10_000.0  # K
 DEFAULTS, HERE = Sampling(), Resources()
 
@@ -68,13 +71,14 @@ def sample(
     inputs: a file that ASE reads, or several. Their structures are taken at random, none twice
     before all were taken once. out: an extxyz file, also compressed; it holds geometries, total
     charges, spin multiplicities and groups, no labels. on_progress(frames, of how many). What is
-    there of an interrupted call is gone on with.
+    there of an interrupted call is gone on with, and what the same call has finished is kept as it
+    is (its trajectories that ended early are not told again).
 
     A trajectory ends before its last frame where xTB has no trustworthy result, or where the
     structure falls into pieces further than 5 Å apart; it keeps the frames before.
 
-    Raises InputError for a setting out of range, for ``out`` that exists or is no extxyz, for input
-    without a usable structure, and when no trajectory reaches its first frame.
+    Raises InputError for a setting out of range, for ``out`` that is another file or no extxyz, for
+    input without a usable structure, and when no trajectory reaches its first frame.
     """
     inputs = [inputs] if isinstance(inputs, str | Path) else inputs
     out = Path(out)
@@ -83,13 +87,16 @@ def sample(
     _check_out(out)
     reader = Reader(find_sources(inputs), keys)
     starts, left_out = _starts(reader, sampling.method)
+    identity = _identity(reader, sampling)
+    if out.exists():
+        return Sampled(*_finished(out, identity), len(starts), left_out, [])
     place = out.with_name(out.name + PARTIAL)
-    with told_when_full(out), _workspace(place, _identity(reader, sampling)):
+    with told_when_full(out), _workspace(place, identity):
         trajectories = _trajectories(starts, reader, sampling, place)
         _run_all(trajectories, sampling, resources, on_progress)
         ended = [found for one in trajectories if (found := one.ended())]
         frames = [one.n_frames() for one in trajectories]
-        _write(out, trajectories)
+        _write(out, trajectories, _digest(identity))
         shutil.rmtree(place)
     return Sampled(sum(frames), sum(map(bool, frames)), len(starts), left_out, ended)
 
@@ -117,8 +124,26 @@ def _check_out(out: Path) -> None:
     bare = out.with_suffix("") if out.suffix in OPENERS else out
     if bare.suffix not in (".extxyz", ".xyz"):
         raise InputError(f"--out {out}: name a file that ends in .extxyz (or .extxyz.gz)")
-    if out.exists():
-        raise InputError(f"--out {out} exists: name another file, or take it away")
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> tuple[int, int]:
+    """Frames and trajectories of a sample that this very call has made before."""
+    try:
+        found = [(frame.info[MADE_BY], frame.info["trajectory"]) for frame in iread(out)]
+    except (ValueError, KeyError, OSError, EOFError, XYZError, IndexError):
+        found = []
+    if {made_by for made_by, _ in found} != {_digest(identity)}:
+        raise InputError(
+            f"--out {out} exists and is not what this command makes: name another file, or take it "
+            "away"
+        )
+    return len(found), len({number for _, number in found})
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    """Tells samples apart; not all of digits, which extxyz would read as a number."""
+    text = json.dumps(identity, sort_keys=True).encode()
+    return f"orbq-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _starts(reader: Reader, method: str) -> tuple[list[Structure], list[Failure]]:
@@ -225,7 +250,7 @@ def _run_all(
             future.result()
 
 
-def _write(out: Path, trajectories: Sequence[Trajectory]) -> None:
+def _write(out: Path, trajectories: Sequence[Trajectory], made_by: str) -> None:
     """All frames, complete or not at all."""
     if not any(one.n_frames() for one in trajectories):
         told = "; ".join(found.reason for one in trajectories[:3] if (found := one.ended()))
@@ -233,6 +258,7 @@ def _write(out: Path, trajectories: Sequence[Trajectory]) -> None:
     partial = trajectories[0].path.with_name("joined")
     with OPENERS.get(out.suffix, open)(partial, "wt", encoding="utf-8") as file:
         for atoms in _frames(trajectories):
+            atoms.info[MADE_BY] = made_by
             write_xyz(file, [atoms])
     partial.replace(out)
 
