@@ -20,7 +20,7 @@ from orbq.errors import InputError
 from orbq.inference import BatchPredictor, budget_of, predict_pool
 from orbq.losses import needed_targets, value_of
 from orbq.models.potential import Prediction
-from orbq.orbitals import MAX_Z, SYMBOLS
+from orbq.orbitals import MAX_Z, SYMBOLS, parts
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import PackedBatch
 from orbq.preprocess.pool import Part, Pool
@@ -179,13 +179,13 @@ def _labels(
                 f"{', '.join(possible)}"
             )
     method = run.potential.constants.method
-    if dataset.method != method:  # its xTB labels are of other orbitals
-        if clash := [n for n in wanted or () if n in TARGETS and n != "dft"]:
+    if other := _other_labels(dataset.method, method):
+        if clash := [n for n in wanted or () if n in other]:
             raise InputError(
                 f"{', '.join(clash)}: {dataset.path} is labelled with {dataset.method}, the run "
                 f"was trained on {method}; label the structures with --method {method}"
             )
-        possible = [n for n in possible if n not in TARGETS or n == "dft"]
+        possible = [n for n in possible if n not in other]
     found = [n for n in (wanted or possible) if _labelled(dataset, rows, n).any()]
     missing = [n for n in (wanted or ()) if n not in found]
     if missing or not found:
@@ -195,6 +195,16 @@ def _labels(
             "predictions without labels"
         )
     return tuple(found)
+
+
+def _other_labels(first: str, second: str) -> set[str]:
+    """The targets whose labels by two xTB methods are not of the same quantity: charges are of the
+    first of several methods joined, energies and forces of all."""
+    if first == second:
+        return set()
+    energies = {"xtb_energy", "xtb_forces"}
+    same_orbitals = parts(first)[0] == parts(second)[0]
+    return energies if same_orbitals else set(TARGETS) - {"dft"}
 
 
 def _labelled(dataset: Dataset, rows: np.ndarray, name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ spherical harmonics in e3nn's convention, Geiger and Smidt, arXiv:2207.09453.
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 from math import factorial
 from typing import NamedTuple
 
@@ -75,6 +75,8 @@ _SHELL_TABLE = {
 }
 METHODS = tuple(_SHELL_TABLE)
 GFN1 = METHODS[0]
+# charges of the first, energies and forces the mean of all: nearer to DFT's than those of each
+SUMS = tuple("+".join(some) for n in (1, 2, 3) for some in permutations(METHODS, n))
 
 
 class Shells(NamedTuple):
@@ -94,14 +96,29 @@ class Shells(NamedTuple):
     valence: np.ndarray
 
 
+def check_method(method: str) -> None:
+    """Raise KeyError, with what is known, unless ``method`` is one of SUMS."""
+    if method not in SUMS:
+        raise KeyError(
+            f"unknown xTB method {method!r}; known: {', '.join(METHODS)}, and two or three of them "
+            "joined by +"
+        )
+
+
+def parts(method: str) -> list[str]:
+    """The methods that are joined in one: the first gives the charges."""
+    return method.split("+")
+
+
 @cache
 def shells(method: str = GFN1) -> Shells:
-    """Shells, masks and reference occupations of ``method`` for every element.
+    """Shells, masks and reference occupations of ``method`` for every element; of several joined
+    by + those of the first.
 
     Raises KeyError naming the known methods when ``method`` is not one of them.
     """
-    if method not in _SHELL_TABLE:
-        raise KeyError(f"unknown xTB method {method!r}; known: {', '.join(METHODS)}")
+    check_method(method)
+    method = parts(method)[0]
     order: list[np.ndarray] = [np.zeros(0, int)]
     occupation = np.zeros((MAX_Z + 1, 4))
     shell_mask = np.zeros((MAX_Z + 1, 4), bool)

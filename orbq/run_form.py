@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from orbq.config import Config
-from orbq.orbitals import GFN1, MAX_Z, METHODS
+from orbq.orbitals import GFN1, MAX_Z, SUMS
 from orbq.preprocess.form import wrong
 from orbq.targets import TARGETS, Statistics
 
@@ -44,7 +44,7 @@ def fault(info: Mapping[str, Any], config: Config) -> str | None:
         return "constants.energy_scale and constants.avg_num_neighbors must be above 0"
     if reason := wrong(info.get("states", {}), {str: [int]}, "states"):
         return reason
-    return wrong(constants.get("method", GFN1), METHODS, "constants.method")
+    return wrong(constants.get("method", GFN1), SUMS, "constants.method")
 
 
 def write_statistics(path: Path, statistics: Mapping[str, Statistics]) -> None:

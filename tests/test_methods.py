@@ -89,3 +89,17 @@ def test_a_run_is_not_scored_on_another_methods_charges(sets):
     assert set(evaluate(run, dataset).values) == {"energy"}
     with pytest.raises(InputError, match=r"onsite: .* labelled with GFN2-xTB, .* on GFN1-xTB"):
         evaluate(run, dataset, targets=["onsite"])
+
+
+def test_charges_are_compared_where_only_the_energies_are_of_several_methods(sets, tmp_path):
+    """The same orbitals; xTB energies of another kind are refused, as is teaching both at once."""
+    label(tmp_path / "both", "GFN1-xTB+GFN2-xTB", 1)
+    run, dataset = random_run(elements=(1, 6, 8, 11, 17)), Dataset.open(tmp_path / "both")
+    alone = evaluate(run, Dataset.open(sets / "gfn1"), targets=["onsite"])
+    assert evaluate(run, dataset, targets=["onsite"]).errors() == alone.errors()
+    named = random_run(elements=(1, 6, 8, 11, 17), targets=("onsite", "xtb_energy"))
+    assert "xtb_energy" not in evaluate(named, dataset).values
+    with pytest.raises(InputError, match=r"xtb_energy: .* labelled with GFN1-xTB\+GFN2-xTB, .* on"):
+        evaluate(named, dataset, targets=["xtb_energy"])
+    with pytest.raises(InputError, match=r"labelled with GFN1-xTB\+GFN2-xTB, .*gfn2 with GFN2-xTB"):
+        prepare(config_of(sets, unlabelled=[str(tmp_path / "both")]))

@@ -232,6 +232,41 @@ def test_many_are_labelled_as_each_alone():
         np.testing.assert_array_equal(many[i].forces, alone.forces)
 
 
+def test_several_methods_give_charges_of_the_first_and_mean_energies_and_forces():
+    s = of_ase("H2CO")
+    first, second = (xtb.label(s, method) for method in ("GFN1-xTB", "GFN2-xTB"))
+    both = xtb.label(s, "GFN1-xTB+GFN2-xTB")
+    np.testing.assert_array_equal(both.onsite, first.onsite)
+    assert both.energy == pytest.approx((first.energy + second.energy) / 2, abs=1e-12)
+    assert abs(first.energy - second.energy) > 1.0
+    np.testing.assert_allclose(both.forces, (first.forces + second.forces) / 2, atol=1e-12)
+    np.testing.assert_array_equal(xtb.label(s, "GFN2-xTB+GFN1-xTB").onsite, second.onsite)
+
+
+def test_a_structure_that_one_of_several_methods_cannot_label_has_no_labels(monkeypatch):
+    s = of_ase("O2")._replace(spin_multiplicity=3)
+    polarised = xtb.Settings(spin_polarization=True)
+    with pytest.raises(xtb.LabelError, match="IPEA1-xTB: IPEA1-xTB has no spin-polarised form"):
+        xtb.label(s, "GFN1-xTB+IPEA1-xTB", polarised)
+    real, begun = xtb.singlepoint, []
+
+    def flaky(structure, method, settings, temperature, *rest):
+        if method == "GFN2-xTB" and temperature < 500:
+            raise MemoryError
+        return real(structure, method, settings, temperature, *rest)
+
+    monkeypatch.setattr(xtb, "singlepoint", flaky)
+    (found,) = xtb.label_many([s], "GFN1-xTB+GFN2-xTB", xtb.DEFAULTS, begun.append)
+    assert found.note == "GFN2-xTB: 1000 K"
+    assert begun == [0, 0, 0]  # the clock begins anew with each method
+
+
+@pytest.mark.parametrize("method", ["GFN1-xTB+PM6", "GFN1-xTB+GFN1-xTB", "+GFN1-xTB", ""])
+def test_what_is_no_method(method):
+    with pytest.raises(KeyError, match="two or three of them joined by"):
+        orbitals.shells(method)
+
+
 def test_components_are_those_of_the_contract():
     s = of_ase("SO2")
     raw = xtb.singlepoint(s, "GFN1-xTB", xtb.DEFAULTS, 300.0)

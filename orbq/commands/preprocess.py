@@ -59,7 +59,13 @@ def preprocess(
             help="BLAS preloaded into the labelling processes; twice as fast where one is found.",
         ),
     ] = "auto",
-    method: Annotated[str, typer.Option(help="GFN1-xTB, GFN2-xTB or IPEA1-xTB.")] = "GFN1-xTB",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="GFN1-xTB, GFN2-xTB or IPEA1-xTB; GFN1-xTB+GFN2-xTB: charges of the first, "
+            "energies and forces the mean of both, which is nearer to DFT."
+        ),
+    ] = "GFN1-xTB",
     spin_polarized: Annotated[
         bool,
         typer.Option("--spin-polarized", help="Spin-polarised xTB."),
@@ -102,6 +108,7 @@ def preprocess(
       orbq preprocess tmc --out datasets/tmc
       orbq preprocess 'runs/*.extxyz.gz' --out datasets/mine --workers 8
       orbq preprocess mine.xyz --out datasets/mine --energy-key TotEnergy --charge-key q
+      orbq preprocess more.xyz --out datasets/more --method GFN1-xTB+GFN2-xTB
       orbq preprocess big.xyz --out datasets/big --scheduler tcp://10.0.0.1:8786
     """
     from orbq.preprocess.label import Recipe

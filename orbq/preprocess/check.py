@@ -28,7 +28,8 @@ def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
     for test in (_lengths, _elements, _finite, _cell, _extent, _overlap):
         if reason := test(structure):
             return reason
-    return _electrons(structure, method)
+    found = (_electrons(structure, part) for part in orbitals.parts(method))
+    return next((reason for reason in found if reason), None)
 
 
 def check_predicted(structure: Structure) -> str | None:

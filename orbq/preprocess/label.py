@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.errors import InputError, OrbqError, told_when_full
-from orbq.orbitals import METHODS
+from orbq.orbitals import check_method
 from orbq.preprocess import store, supervise, wire, xtb
 from orbq.preprocess.flat import release
 from orbq.preprocess.frames import Source, every_file, find_sources
@@ -36,7 +36,9 @@ MAX_LOST = 3  # times that a pool may lose the same chunk
 
 
 class Recipe(NamedTuple):
-    """What is computed. method: xTB method. keys: names in the input. settings: of the method."""
+    """What is computed. method: of xTB, or several joined by + ("GFN1-xTB+GFN2-xTB"): charges of
+    the first, energies and forces that are the mean of all. keys: names in the input. settings: of
+    each method."""
 
     method: str = "GFN1-xTB"
     keys: Keys = FIRST_FOUND
@@ -79,8 +81,10 @@ def preprocess(
     Raises InputError when a whole file is at fault, or ``out`` holds something else; OrbqError when
     the disk is full or the labelling processes cannot be run.
     """
-    if recipe.method not in METHODS:
-        raise InputError(f"unknown xTB method {recipe.method!r}; known: {', '.join(METHODS)}")
+    try:
+        check_method(recipe.method)
+    except KeyError as error:
+        raise InputError(error.args[0]) from error
     if not recipe.settings.min_height >= 0:
         raise InputError(
             f"the smallest cell height is {recipe.settings.min_height:g} Å: it must be 0 or more"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from orbq.errors import InputError
-from orbq.orbitals import MAX_Z, METHODS
+from orbq.orbitals import MAX_Z, SUMS
 from orbq.preprocess.form import read_json, wrong
 from orbq.schema import FAILURES, FIELDS, MANIFEST, SCHEMA_VERSION, Structure
 
@@ -29,7 +29,7 @@ _EMPTY_FILE = 1 << 12  # bytes of an array without elements, at most
 _FILE = {"sha256": str}
 FORM = {  # of manifest.json; see form.py
     "schema_version": int,
-    "method": METHODS,
+    "method": SUMS,
     "settings": dict,
     "tblite_version": str,
     "blas": [str],
@@ -111,7 +111,7 @@ class Dataset:
 
     @property
     def method(self) -> str:
-        """The xTB method of the labels."""
+        """The xTB method of the labels; of several joined by + the first has the charges."""
         return str(self.manifest["method"])
 
     def structure_slice(self, i: int) -> slice:

@@ -80,9 +80,10 @@ class Raw(NamedTuple):
 def label(structure: Structure, method: str = "GFN1-xTB", settings: Settings = DEFAULTS) -> Labels:
     """Orbital-resolved charges (47 on-site components), energy and forces of one structure.
 
-    ``structure`` must have passed ``check``. A calculation that fails, or whose result is not sane,
-    is tried again at 1000 K, at 2000 K and with weaker mixing; ``note`` says which one worked.
-    Raises LabelError when none did, or when the cell is too small for the Gamma point.
+    ``structure`` must have passed ``check``. Of several methods, joined by +, the first gives the
+    charges; energy and forces are the mean of all. A calculation that fails, or whose result is not
+    sane, is tried again at 1000 K, at 2000 K and with weaker mixing; ``note`` says which one
+    worked. Raises LabelError when none did, or when the cell is too small for the Gamma point.
     """
     (found,) = label_many([structure], method, settings)
     if isinstance(found, LabelError):
@@ -98,8 +99,34 @@ def label_many(
 ) -> list[Labels | LabelError]:
     """What ``label`` returns or raises for each structure, with the algebra done for all at once.
 
-    begin(i) is called before the calculations on structure i begin.
+    begin(i) is called before the calculations on structure i begin, by each of several methods.
     """
+    each = [_label_many(structures, one, settings, begin) for one in orbitals.parts(method)]
+    return [_mean(found, orbitals.parts(method)) for found in zip(*each, strict=True)]
+
+
+def _mean(found: Sequence[Labels | LabelError], methods: Sequence[str]) -> Labels | LabelError:
+    """The labels of one structure by several methods as one: the charges of the first."""
+    if len(found) == 1:
+        return found[0]
+    for one, method in zip(found, methods, strict=True):
+        if isinstance(one, LabelError):
+            return LabelError(f"{method}: {one}")
+    labels = [one for one in found if isinstance(one, Labels)]
+    notes = [f"{m}: {x.note}" for x, m in zip(labels, methods, strict=True) if x.note]
+    return labels[0]._replace(
+        energy=float(np.mean([x.energy for x in labels])),
+        forces=np.mean([x.forces for x in labels], axis=0),
+        note="; ".join(notes),
+    )
+
+
+def _label_many(
+    structures: Sequence[Structure],
+    method: str,
+    settings: Settings,
+    begin: Callable[[int], None],
+) -> list[Labels | LabelError]:
     raws: dict[int, Raw] = {}
     out: dict[int, Labels | LabelError] = {}
     failed: dict[int, LabelError] = {}
