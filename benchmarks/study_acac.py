@@ -13,6 +13,9 @@ on the test configurations:
     onsite          and on-site charges of the same configurations
     forces-first    after GFN1 energies and forces of 2,400 further configurations
     gfn1-first      after GFN1 energies, forces and on-site charges of these
+    mean-first      the same with the means of GFN1's and GFN2's energies and forces, from the data
+                    sets `train-mean` and `xtb-mean`: the same files by orbq preprocess --method
+                    GFN1-xTB+GFN2-xTB
 
 Writes results/MOLECULE_sizes.jsonl; training goes on where it was stopped, and what is recorded is
 not trained again. The report holds each arm, at each learning rate, against energies and forces
@@ -45,6 +48,7 @@ TARGETS = {
     "onsite": CHARGES,
     "forces-first": FORCES,
     "gfn1-first": (*FORCES, *CHARGES),
+    "mean-first": (*FORCES, *CHARGES),
 }
 STEPS = 6000
 RATE = 5e-3  # better than 2e-3 for energy-only at N = 100
@@ -57,6 +61,11 @@ def run_of(directory: Path, *overrides: str) -> orbq.Run:
     return trained(CONFIG, own, {}, directory)
 
 
+def labelled(work: Path, name: str, arm: str) -> Path:
+    """A data set with the labels of an arm."""
+    return work / (f"{name}-mean" if arm.startswith("mean") else name)
+
+
 def taught(work: Path, arm: str) -> tuple[str, ...]:
     """Where an arm begins: a network that has learnt the labels of further configurations."""
     if not arm.endswith("-first"):
@@ -64,7 +73,7 @@ def taught(work: Path, arm: str) -> tuple[str, ...]:
     directory = work / f"taught-{arm}"
     run_of(
         directory,
-        f"data.dataset='{work / 'xtb'}'",
+        f"data.dataset='{labelled(work, 'xtb', arm)}'",
         "loss.weights.energy=0",
         "loss.weights.forces=0",
         "data.validation_fraction=0.05",
@@ -123,7 +132,7 @@ def main() -> None:
                 continue
             run = run_of(
                 given.work / "sizes" / f"{arm}-{n}-{seed}-{rate:g}-{given.steps}",
-                f"data.dataset='{given.work / 'train'}'",
+                f"data.dataset='{labelled(given.work, 'train', arm)}'",
                 f"data.n_train={n}",
                 f"data.subset_seed={seed}",
                 f"training.seed={seed}",
