@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from ase import Atoms
-from study import make_delta, make_mean
+from study import make_delta
 
 from orbq.config import load_config
 from orbq.data import make_packer, prepare, to_batch
@@ -91,16 +91,17 @@ TAUGHT = {
 
 
 def make_means(place: Path, split_seed: int) -> dict[str, str]:
-    """The means of GFN1's and GFN2's energies in place of GFN1's, of all molecules (@data) and of
-    the training molecules without energies (@rest)."""
-    words = {}
-    for word, name in (("@data", "qm7"), ("@rest", f"rest-{split_seed}")):
-        source, second = place / name, place / f"{name}-gfn2"
-        dataset = Dataset.open(source)
-        preprocess([molecule(dataset, r) for r in range(len(dataset))], second, Recipe("GFN2-xTB"))
-        make_mean(source, second, place / f"{name}-mean")
-        words[word] = str(place / f"{name}-mean")
-    return words
+    """Energies that are the mean of GFN1's and GFN2's in place of GFN1's, of all molecules (@data)
+    and of the training molecules without energies (@rest)."""
+    method = Recipe("GFN1-xTB+GFN2-xTB")
+    preprocess([str(SOURCE)], place / "qm7-mean", method)
+    dataset = Dataset.open(place / f"rest-{split_seed}")
+    rest = [molecule(dataset, row) for row in range(len(dataset))]
+    preprocess(rest, place / f"rest-{split_seed}-mean", method)
+    return {
+        "@data": str(place / "qm7-mean"),
+        "@rest": str(place / f"rest-{split_seed}-mean"),
+    }
 
 
 def pretrained(place: Path, rest: str, kind: str, seed: int) -> str:

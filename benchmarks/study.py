@@ -97,25 +97,6 @@ def make_delta(source: Path, place: Path) -> None:
             np.save(place / f"{label}.npy", difference)
 
 
-def make_mean(first: Path, second: Path, place: Path) -> None:
-    """The data set ``first`` whose xTB energies and forces are the means of its own and of those
-    of ``second``, the same structures labelled by another method; made once."""
-    if (place / "manifest.json").exists():
-        return
-    one, other = Dataset.open(first), Dataset.open(second)
-    if not all(np.array_equal(one[name], other[name]) for name in ("numbers", "positions")):
-        raise SystemExit(f"{first} and {second} hold other structures")
-    made = place.with_suffix(".partial")
-    shutil.rmtree(made, ignore_errors=True)
-    shutil.copytree(first, made)
-    for label in ("xtb_energy", "xtb_forces"):
-        mean = (np.asarray(one[label]) + np.asarray(other[label])) / 2
-        np.save(made / f"{label}.npy", mean.astype(one[label].dtype))
-        mask = f"{label}_mask"
-        np.save(made / f"{mask}.npy", np.asarray(one[mask]) & np.asarray(other[mask]))
-    made.rename(place)
-
-
 def trained(base: Path, overrides: Iterable[str], words: Mapping[str, str], place: Path) -> Run:
     """The run of a configuration in a directory; goes on where it was stopped."""
     fit(load_config(base, filled([*overrides, f"run.directory='{place}'"], words)))
