@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orbq.config import Config
     from orbq.study.plan import Program
 
+BAR_WIDTH = 10  # with a program's long name and all numbers beside it a line has 80 characters
 INTERRUPTED = "Finished programs and checkpoints are kept; run the same command again to go on."
 
 
@@ -113,14 +114,14 @@ class Display:
         self.console, self.config = console, config
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
+            TextColumn("{task.fields[state]}"),
             console=console,
         )
         self.before, self.total, self.seen = 0, 0, 0
-        self.all = self.own = self.progress.add_task("steps x runs", total=None, eta="")
+        self.all = self.own = self.progress.add_task("steps x runs", total=None, state="")
         self.name = ""
 
     def __enter__(self) -> Display:
@@ -142,7 +143,7 @@ class Display:
             if self.own != self.all:
                 self.progress.remove_task(self.own)
             self.name = program.name
-            self.own = self.progress.add_task(program.name, total=n_steps, completed=step, eta="")
+            self.own = self.progress.add_task(program.name, total=n_steps, completed=step, state="")
         self.progress.update(self.own, completed=step)
         done = self.before + step * len(program.runs)
         if not self.seen:
@@ -150,12 +151,12 @@ class Display:
             return
         elapsed = self.progress.tasks[0].elapsed or 0.0
         left = elapsed * (self.total - done) / max(done - self.seen, 1)
-        self.progress.update(self.all, completed=done, eta=f"ETA {_clock(left)}")
+        self.progress.update(self.all, completed=done, state=f"ETA {_clock(left)}")
 
     def validated(self, program: Program, step: int, errors: np.ndarray) -> None:
         """The range of the runs' validation errors."""
-        text = f"{errors.min():.1f} to {errors.max():.1f} meV"
-        self.progress.update(self.own, description=f"{program.name} (validation {text})")
+        text = f"val {errors.min():.4g}-{errors.max():.4g} meV"
+        self.progress.update(self.own, state=text)
 
     def finished(self, program: Program, records: list[dict[str, Any]]) -> None:
         """One line per finished program, and the report of everything so far."""
