@@ -28,6 +28,7 @@ STUDIES = (
     "first_both",
     "first_forces",
     "first_longer",
+    "first_mean",
     "first_charges",
     "first_energies",
     "targets",
@@ -45,6 +46,7 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "both": "GFN1 charges and energies first",
     "forces": "GFN1 charges, energies and forces first",
     "longer": "GFN1 charges and energies first, for twice as long",
+    "mean": "the same with mean energies of GFN1 and GFN2",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
 }
