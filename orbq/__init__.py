@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from orbq.jaxmd import jax_md
     from orbq.preprocess.frames import embedded_path as embedded
     from orbq.preprocess.label import preprocess as label
+    from orbq.preprocess.nearest import nearest_methods
     from orbq.preprocess.sample import sample
     from orbq.preprocess.store import Dataset
     from orbq.preprocess.trajectory import Sampling
@@ -44,6 +45,7 @@ _LAZY = {
     "label": ("orbq.preprocess.label", "preprocess"),
     "load": ("orbq.run", "load"),
     "load_config": ("orbq.config", "load_config"),
+    "nearest_methods": ("orbq.preprocess.nearest", "nearest_methods"),
     "open_dataset": ("orbq.datasets", "open_dataset"),
     "parse_config": ("orbq.config", "parse_config"),
     "run_ablation": ("orbq.study", "run_ablation"),
@@ -67,6 +69,7 @@ __all__ = [
     "label",
     "load",
     "load_config",
+    "nearest_methods",
     "open_dataset",
     "parse_config",
     "run_ablation",

@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": "orbq.commands.demo",
     "fetch": "orbq.commands.fetch",
     "sample": "orbq.commands.sample",
+    "methods": "orbq.commands.methods",
     "preprocess": "orbq.commands.preprocess",
     "inspect": "orbq.commands.inspect",
     "verify": "orbq.commands.verify",
