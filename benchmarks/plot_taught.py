@@ -102,13 +102,31 @@ def tell_energies() -> None:
         print(f"no forces, {network}, {n}, weight {weight:g}: {means}, {told}")
 
 
-def tell_second(curves: dict[str, Curves]) -> None:
-    """The same from a second taught network."""
+def tell_others(curves: dict[str, Curves]) -> None:
+    """The same from a second taught network, and from those taught the mean energies and forces of
+    several methods; of all structures for a third of the time, too ("shorter")."""
     for metric, table in curves.items():
         second = read_from([RESULTS / "tmc_grown_second_anew.jsonl"], metric)["second"]
-        for n, name in ((n, name) for n in second for name in ("alone", "taught")):
-            told = change_text(change(second[n], table[name][n])[0])
-            print(f"second network, {LABELS[metric]}, {n}: {mean(second[n]):.0f}, {told} to {name}")
+        beside = {**table, "second": second}
+        for name in ("second", "mean", "three"):
+            path = RESULTS / f"tmc_grown_{'second_anew' if name == 'second' else name}.jsonl"
+            if not path.exists():
+                continue
+            found = read_from([path], metric)
+            own = {f"{name}{n}": (n, errors) for n, errors in found[name].items() if n != ALL}
+            if ALL in found[name]:
+                own[f"{name}, all, shorter"] = ALL, found[name][ALL]
+            if ALL in found[f"{name}_long"]:
+                own[f"{name}, all"] = ALL, found[f"{name}_long"][ALL]
+            for told, (n, errors) in own.items():
+                shorter = told.endswith("shorter")
+                bases = ("taught, shorter",) if shorter else ("alone", "taught", "second")
+                changes = "".join(
+                    f", {change_text(change(errors, beside[base][n])[0])} to {base}"
+                    for base in bases
+                    if base != name and beside[base].get(n)
+                )
+                print(f"{told}, {LABELS[metric]}: {mean(errors):.0f}{changes}")
 
 
 if __name__ == "__main__":
@@ -116,5 +134,5 @@ if __name__ == "__main__":
     tell(found)
     tell_wide(found)
     tell_energies()
-    tell_second(found)
+    tell_others(found)
     print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))
