@@ -29,6 +29,7 @@ STUDIES = (
     "first_forces",
     "first_longer",
     "first_mean",
+    "first_gfn2",
     "first_charges",
     "first_energies",
     "targets",
@@ -47,6 +48,7 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "forces": "GFN1 charges, energies and forces first",
     "longer": "GFN1 charges and energies first, for twice as long",
     "mean": "the same with mean energies of GFN1 and GFN2",
+    "gfn2": "the same with charges and energies of GFN2",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
 }

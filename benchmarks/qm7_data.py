@@ -80,27 +80,26 @@ TAUGHT = {
         "loss.weights.xtb_energy=1",
         "training.n_steps=80000",
     ),
-    "mean": (
-        "loss.weights.onsite=20",
-        "loss.weights.xtb_energy=1",
-        "training.n_steps=80000",
-    ),
     "charges": ("loss.weights.onsite=20",),
     "energies": ("loss.weights.xtb_energy=1",),
 }
+TAUGHT["mean"] = TAUGHT["gfn2"] = TAUGHT["longer"]
 
 
-def make_means(place: Path, split_seed: int) -> dict[str, str]:
-    """Energies that are the mean of GFN1's and GFN2's in place of GFN1's, of all molecules (@data)
-    and of the training molecules without energies (@rest)."""
-    method = Recipe("GFN1-xTB+GFN2-xTB")
-    preprocess([str(SOURCE)], place / "qm7-mean", method)
+METHODS = {"mean": "GFN1-xTB+GFN2-xTB", "gfn2": "GFN2-xTB"}
+
+
+def make_others(place: Path, split_seed: int, kind: str) -> dict[str, str]:
+    """Labels of another method (a key of METHODS) in place of GFN1's, of all molecules (@data) and
+    of the training molecules without energies (@rest)."""
+    method = Recipe(METHODS[kind])
+    preprocess([str(SOURCE)], place / f"qm7-{kind}", method)
     dataset = Dataset.open(place / f"rest-{split_seed}")
     rest = [molecule(dataset, row) for row in range(len(dataset))]
-    preprocess(rest, place / f"rest-{split_seed}-mean", method)
+    preprocess(rest, place / f"rest-{split_seed}-{kind}", method)
     return {
-        "@data": str(place / "qm7-mean"),
-        "@rest": str(place / f"rest-{split_seed}-mean"),
+        "@data": str(place / f"qm7-{kind}"),
+        "@rest": str(place / f"rest-{split_seed}-{kind}"),
     }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qm7_data import CONFIG, make_data, make_means, pretrained
+from qm7_data import CONFIG, METHODS, make_data, make_others, pretrained
 from study import main
 
 # Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
@@ -121,7 +121,15 @@ CHOSEN = {
     "onsite": {100: ("near", 5e-3), 400: ("deep", 5e-3)},
 }
 # networks taught by labels
-PRETRAINED = {"both": 2, "forces": 2, "longer": 2, "mean": 2, "charges": 1, "energies": 1}
+PRETRAINED = {
+    "both": 2,
+    "forces": 2,
+    "longer": 2,
+    "mean": 2,
+    "gfn2": 1,
+    "charges": 1,
+    "energies": 1,
+}
 REPLICATES = ("ablation.seeds=[2, 3, 4, 5]", "ablation.subset_seeds=[2, 2, 3, 3]")
 
 
@@ -223,7 +231,7 @@ STUDIES["weights"] = {
         "ablation.baseline=true",
     )
 }
-FINE["forces"] = FINE["longer"] = FINE["mean"] = FINE["both"]
+FINE["forces"] = FINE["longer"] = FINE["mean"] = FINE["gfn2"] = FINE["both"]
 # how to learn energies after labels: by validation, N = 100, on subsets 0 and 1
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
 _LAYERS = ("backbone/species", "backbone/embedding", *(f"backbone/layer{n}" for n in range(3)))
@@ -278,8 +286,8 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     if study.startswith("first_") or study == "delta":
         others = {"first_search": "both", "first_taught": "longer", "delta": "charges"}
         kind = others.get(study, study.split("_")[-1])
-        if kind == "mean":
-            words |= make_means(place, 1)
+        if kind in METHODS:
+            words |= make_others(place, 1, kind)
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
