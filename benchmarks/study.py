@@ -64,9 +64,9 @@ def main(
 
     if given.action == "report":
         kept = report({name: config_of(name) for name in names}, unit)
-        lines = [json.dumps(record) for record in kept]
         out = HERE / "results" / f"{prefix}_{given.study}.jsonl"
-        out.write_text("".join(f"{line}\n" for line in lines))
+        kept = _beside(out, trials, kept)
+        out.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         return
     part, parts = map(int, given.part.split("/"))
     for name in names[part::parts]:
@@ -74,6 +74,15 @@ def main(
         records = run_ablation(config)
         print(name)
         print(write_report(Path(config.run.directory), records), flush=True)
+
+
+def _beside(path: Path, trials: Iterable[str], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that were found, and of the other ablations of the study those in the file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    before, own = [json.loads(line) for line in lines], {r["ablation"] for r in found}
+    order = list(trials)
+    kept = [r for r in before if r["ablation"] in order and r["ablation"] not in own]
+    return sorted([*kept, *found], key=lambda r: order.index(r["ablation"]))
 
 
 def filled(overrides: Iterable[str], words: Mapping[str, str]) -> list[str]:
