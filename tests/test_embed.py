@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 from tiny_run import complexes, random_run, save_run
 
+import orbq
 from orbq import elements, embed
 from orbq.cli import main
 from orbq.datasets import open_dataset
 from orbq.embed_files import require, structure_of
 from orbq.errors import InputError
+from orbq.evaluate import split_rows
 from orbq.inference import open_run
 from orbq.models.potential import node_features
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.label import Resources, preprocess
+from orbq.preprocess.store import Dataset
 
 METALS = (22, 26, 28, 29, 30, 44)
 
@@ -194,3 +197,28 @@ def test_what_is_missing_is_said(
     monkeypatch.setitem(sys.modules, "chemiscope", None)
     with pytest.raises(InputError, match=r"orbq\[explore\].*--no-chemiscope"):
         require("chemiscope")
+
+
+def test_a_part_is_what_every_run_holds_there(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs that divide the data set differently: a structure that one was taught is in none."""
+    data = Dataset.open(place / "data")
+    parts = []
+    for seed in (0, 1):
+        run = orbq.load(place / "one")
+        own = {
+            "split": "within",
+            "split_seed": seed,
+            "test_fraction": 0.6,
+            "validation_fraction": 0.2,
+        }
+        run.config = run.config.model_copy(update={"data": run.config.data.model_copy(update=own)})
+        entry = {"path": str(data.path), "arrays": data.manifest["arrays"]}
+        save_run(run, tmp_path / f"seed{seed}", data=[entry])
+        parts.append(set(split_rows(orbq.load(tmp_path / f"seed{seed}"), data, "test")[1].tolist()))
+    assert parts[0] != parts[1] and len(parts[0] & parts[1]) > 4
+    arguments = (tmp_path / "seed0", tmp_path / "seed1", place / "data", "--split", "test")
+    assert call(*arguments, "--out", tmp_path, "--no-chemiscope", "--permutations", 19) == 0
+    out = capsys.readouterr().out
+    assert "divide" in out and f"of {len(parts[0] & parts[1])} structures" in out

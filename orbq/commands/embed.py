@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,8 @@ def embed(
       orbq embed runs/energy-only runs/multitask datasets/mine --out latent
       orbq embed runs/multitask tmc --elements Ti,Zr,Hf,V,Nb,Ta,Cr,Mo,W,Mn,Tc,Re
     """
+    import numpy as np
+
     from orbq.datasets import open_dataset
     from orbq.elements import METALS
     from orbq.embed import choose_atoms, elements_of
@@ -91,7 +94,12 @@ def embed(
     console = Console(highlight=False, soft_wrap=True)
     loaded = {n: open_run(d) for n, d in zip(names_of(directories), directories, strict=True)}
     data = open_dataset(name)
-    rows = split_rows(next(iter(loaded.values())), data, split)[1]
+    parts = [split_rows(run, data, split)[1] for run in loaded.values()]
+    rows = reduce(np.intersect1d, parts)
+    if not len(rows):
+        raise InputError(f"no structure of {name} is in the {split} split of every run")
+    if any(len(part) > len(rows) for part in parts):
+        console.print(f"The runs divide {name} differently: what is {split} in each is taken")
     known = set.intersection(*(set(run.elements) for run in loaded.values()))
     atoms = choose_atoms(data, rows, wanted, sorted(known))
     found = elements_of(atoms, data.method)
