@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from orbq.commands import ablate
 from orbq.commands.train import Display
 from orbq.config import Config, parse_config
 from orbq.errors import InputError
 from orbq.reporter import Reporter, Speed
+from orbq.study.plan import make_plan
 from orbq.trackers import with_trackers
 
 FACTS: dict[str, Any] = {
@@ -141,3 +145,24 @@ def test_a_tracker_that_is_not_installed_is_named(
     ):
         told.started(FACTS)
     assert not place.exists()
+
+
+def test_an_ablation_fits_a_terminal_of_80_columns() -> None:
+    """Names, counts, time left and validation errors, none of them cut."""
+    ablation = {"targets": ["onsite+xtb_energy"], "n_train": [100], "subset_seeds": [2, 2, 2]}
+    weights = {"xtb_energy": 1.0}
+    settings = parse_config(
+        {"ablation": ablation, "loss": {"weights": weights}, "training": {"n_steps": 4000}}
+    )
+    (program,) = make_plan(settings)
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
+    display = ablate.Display(console, settings)
+    display.planned([program], 0)
+    for step in (25, 1200):
+        display.stepped(program, step, 4000)
+    display.validated(program, 1200, np.array([1213.4, 87.25]))
+    console.print(display.progress.get_renderable())
+    text = console.export_text()
+    for told in (f"{program.name} ", " 1200/4000 ", "val 87.25-1213 meV", "ETA 0:"):
+        assert told in text, text
+    assert "…" not in text
