@@ -102,6 +102,9 @@ def report(results: Path) -> None:
             told = f"{n}, {arm}, rate {rate:g}, {len(errors)} runs: {mean(errors):.2f} {unit}"
             if arm != "energy-only":
                 told += f" against {mean(base):.2f}, {change_text(change(errors, base)[0])}"
+            if arm == "mean-first":
+                other = change(errors, found[n, "gfn1-first", rate])[0]
+                told += f"; to gfn1-first {change_text(other)}"
             print(told)
 
 
