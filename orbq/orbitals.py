@@ -75,7 +75,7 @@ _SHELL_TABLE = {
 }
 METHODS = tuple(_SHELL_TABLE)
 GFN1 = METHODS[0]
-# charges of the first, energies and forces the mean of all: nearer to DFT's than those of each
+# charges of the first, energies and forces the mean of all: often nearer to DFT's than each
 SUMS = tuple("+".join(some) for n in (1, 2, 3) for some in permutations(METHODS, n))
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.preprocess import xtb
-from orbq.preprocess.nearest import nearest_methods
+from orbq.preprocess.nearest import Found, Nearness, nearest_methods
 from orbq.preprocess.schedule import Resources
 from tests.test_xtb import of_ase
 
@@ -91,3 +91,13 @@ def test_the_command_tells_what_to_label_with(tmp_path: Path) -> None:
     assert "orbq preprocess INPUT --out DATASET --method GFN2-xTB\n" in told.output
     lines = told.output.splitlines()
     assert lines[1].split()[0] == "GFN2-xTB" and f"of {len(NAMES)} structures" in told.output
+
+
+def test_a_method_more_must_bring_something() -> None:
+    """Labels by three methods for a hundredth less than by two are not advised; no xTB at all is,
+    where none tells more."""
+    three, two = Nearness("A+B+C", 0.99), Nearness("A+B", 1.0)
+    others = [Nearness("A", 1.1), Nearness("", 2.0)]
+    assert Found([three, two, *others], 50, 0).advised() == "A+B"
+    assert Found([three._replace(error=0.8), two, *others], 50, 0).advised() == "A+B+C"
+    assert Found([Nearness("", 0.7), three], 50, 0).advised() == ""

@@ -67,8 +67,7 @@ def _tell(found: Found, console: Console) -> None:
     console.print(table)
     left_out = f", {found.left_out:,} left out" if found.left_out else ""
     console.print(f"mean absolute error of {found.n:,} structures{left_out}")
-    best = found.nearness[0].method
-    if best:
-        console.print(f"Label with: orbq preprocess INPUT --out DATASET --method {best}")
+    if method := found.advised():
+        console.print(f"Label with: orbq preprocess INPUT --out DATASET --method {method}")
     else:
         console.print("No xTB energy tells more than the composition: leave xtb_energy out")

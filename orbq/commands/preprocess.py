@@ -63,7 +63,7 @@ def preprocess(
         str,
         typer.Option(
             help="GFN1-xTB, GFN2-xTB or IPEA1-xTB; GFN1-xTB+GFN2-xTB: charges of the first, "
-            "energies and forces the mean of both, which is nearer to DFT."
+            "energies and forces the mean of both (orbq methods tells which is nearest)."
         ),
     ] = "GFN1-xTB",
     spin_polarized: Annotated[

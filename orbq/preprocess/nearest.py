@@ -31,6 +31,7 @@ from orbq.preprocess.xtb import DEFAULTS, Settings
 from orbq.schema import Structure
 
 FEWEST = 10  # structures beyond the number of elements
+HARDLY = 0.03  # of the error: less than another sample of some hundred structures changes
 HERE = Resources()
 
 
@@ -49,6 +50,13 @@ class Found(NamedTuple):
     nearness: list[Nearness]
     n: int
     left_out: int
+
+    def advised(self) -> str:
+        """The method to label with: of those hardly behind the nearest the one of the fewest
+        calculations; "" where none tells more than the composition."""
+        limit = (1 + HARDLY) * self.nearness[0].error
+        near = [one for one in self.nearness if one.error <= limit]
+        return min(near, key=lambda one: (one.method.count("+"), one.error)).method
 
 
 def nearest_methods(
@@ -111,7 +119,7 @@ def _labels(
     on_progress: Callable[[str, Progress], None],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Energies [S] of every method, eV, and [S] whether a structure has all of them."""
-    frames = [_atoms(i, structure) for i, structure in enumerate(structures)]
+    frames = [_atoms(structure) for structure in structures]
     known = np.ones(len(frames), bool)
     labels = {}
     with TemporaryDirectory(prefix="orbq-") as place:
@@ -123,19 +131,15 @@ def _labels(
                 resources,
                 partial(on_progress, method),
             )
-            rows = dataset["source"][
-                :, 1
-            ]  # structures that xTB cannot take are left out of the set
+            found = np.where(dataset["xtb_energy_mask"], dataset["xtb_energy"], np.nan)
             labels[method] = np.full(len(frames), np.nan)
-            labels[method][rows] = np.where(
-                dataset["xtb_energy_mask"], dataset["xtb_energy"], np.nan
-            )
+            # what xTB cannot take is left out of the set
+            labels[method][dataset["source"][:, 1]] = found
             known &= np.isfinite(labels[method])
     return labels, known
 
 
-def _atoms(number: int, structure: Structure) -> Atoms:
-    s = structure
+def _atoms(s: Structure) -> Atoms:
     atoms = Atoms(s.numbers, s.positions, cell=s.cell, pbc=s.pbc)
     atoms.info |= {"total_charge": s.total_charge, "spin_multiplicity": s.spin_multiplicity}
     return atoms
