@@ -14,11 +14,11 @@ from orbq.orbitals import atomic_charges
 from orbq.preprocess import store
 from orbq.preprocess.flat import release
 from orbq.preprocess.neighbor_cache import damaged
+from orbq.preprocess.sane import CHARGE_SUM_TOLERANCE
 from orbq.preprocess.store import Dataset
 from orbq.schema import FAILURES
 
 BLOCK = 1 << 14  # structures read at a time
-CHARGE_SUM_TOLERANCE = 1e-6  # e; as demanded of each calculation
 
 
 def verify(

@@ -19,6 +19,7 @@ import numpy as np
 from orbq.orbitals import N_ONSITE
 from orbq.preprocess import wire, xtb
 from orbq.preprocess.blas import loaded_blas
+from orbq.preprocess.sane import LabelError
 from orbq.preprocess.wire import IDLE, POSITION
 from orbq.schema import Labels
 
@@ -74,12 +75,12 @@ def _answer(request: wire.Message, position: mmap.mmap, parent: int) -> wire.Mes
     )
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     sizes = np.diff(request.arrays["offsets"]).tolist()
-    failures = [(i, str(e)) for i, e in enumerate(labels) if isinstance(e, xtb.LabelError)]
+    failures = [(i, str(e)) for i, e in enumerate(labels) if isinstance(e, LabelError)]
     notes = [(i, x.note) for i, x in enumerate(labels) if isinstance(x, Labels) and x.note]
     return wire.Message(_join(labels, sizes), {"failures": failures, "notes": notes})
 
 
-def _join(labels: list[Labels | xtb.LabelError], sizes: list[int]) -> dict[str, Any]:
+def _join(labels: list[Labels | LabelError], sizes: list[int]) -> dict[str, Any]:
     def rows(name: str, width: int) -> np.ndarray:
         return np.concatenate(
             [
