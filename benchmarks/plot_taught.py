@@ -7,6 +7,8 @@ Training on energies and forces alone (12,000 steps), from the embedded network 
 taught (4,000 steps), and on the differences to exact GFN1 energies and forces; on all structures
 the first two for three times as long. A split is a replicate (curves.py). Writes
 results/tmc_taught.png.
+
+Of two arms that are compared only the splits that both have count.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def tell(curves: dict[str, Curves]) -> None:
             pairs.append((f"delta, {n}", table["delta"][n], base[n]))
         pairs.append(("taught against delta, 200", table["taught"][200], table["delta"][200]))
         for name, arm, base in pairs:
-            means = f"{mean(arm):.0f} against {mean(base):.0f}"
+            both = [{k: errors[k] for k in arm if k in base} for errors in (arm, base)]
+            means = " against ".join(f"{mean(errors):.0f}" for errors in both)
             print(f"{LABELS[metric]}: {name}: {means}, {change_text(change(arm, base)[0])}")
 
 
