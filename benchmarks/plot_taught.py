@@ -106,16 +106,13 @@ def tell_energies() -> None:
 
 
 def tell_others(curves: dict[str, Curves]) -> None:
-    """The same from a second taught network, and from those taught the mean energies and forces of
-    several methods; of all structures for a third of the time, too ("shorter")."""
+    """The same from a second taught network, and from one taught the mean energies and forces of
+    two methods; of all structures for a third of the time, too ("shorter")."""
     for metric, table in curves.items():
         second = read_from([RESULTS / "tmc_grown_second_anew.jsonl"], metric)["second"]
         beside = {**table, "second": second}
-        for name in ("second", "mean", "three"):
-            path = RESULTS / f"tmc_grown_{'second_anew' if name == 'second' else name}.jsonl"
-            if not path.exists():
-                continue
-            found = read_from([path], metric)
+        for name, study in (("second", "second_anew"), ("mean", "mean")):
+            found = read_from([RESULTS / f"tmc_grown_{study}.jsonl"], metric)
             own = {f"{name}{n}": (n, errors) for n, errors in found[name].items() if n != ALL}
             if ALL in found[name]:
                 own[f"{name}, all, shorter"] = ALL, found[name][ALL]

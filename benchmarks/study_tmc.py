@@ -18,12 +18,11 @@ from study import main, make_delta
 from tmc_data import (
     CONFIG,
     FROM_METALS,
-    SUMS,
     TAUGHT,
     make_grown,
     make_hot,
+    make_means,
     make_stand_in,
-    make_sums,
     taught,
 )
 
@@ -268,16 +267,15 @@ STUDIES["grown_second_anew"] = _curves(
     (("second", n, (*_FROM_METALS, "training.initial='@anew0'")) for n in (100, 200)),
     splits=CHOOSING | SUBSETS,
 )
-# the same network taught the means of two methods' energies and forces, or of three: nearer to DFT
-for _kind in SUMS:
-    _from = (*_FROM_METALS, f"training.initial='@{_kind}0'")
-    STUDIES[f"grown_{_kind}"] = _curves(
-        (
-            *((_kind, n, _from) for n in (100, 200, 0)),
-            (f"{_kind}_long", 0, (*_from, _LONG, _DECAYED)),
-        ),
-        splits=CHOOSING | SUBSETS,
-    )
+# the same network taught the mean energies and forces of two methods
+_FROM_MEAN = (*_FROM_METALS, "training.initial='@mean0'")
+STUDIES["grown_mean"] = _curves(
+    (
+        *(("mean", n, _FROM_MEAN) for n in (100, 200, 0)),
+        ("mean_long", 0, (*_FROM_MEAN, _LONG, _DECAYED)),
+    ),
+    splits=CHOOSING | SUBSETS,
+)
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
 _NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
 STUDIES["grown_energies_hot"] = _curves(
@@ -315,11 +313,11 @@ def prepare(place: Path, study: str) -> dict[str, str]:
         kind = study.split("_")[-1]
         if study == "grown_stand_in":
             words["@stand-in"] = make_stand_in(place)
-        distorted = kind in ("hot", "longer", "further", "anew", *SUMS)
+        distorted = kind in ("hot", "longer", "further", "anew", "mean")
         if distorted:
             words["@hot"] = make_hot(place)
-        if kind in SUMS:
-            words |= make_sums(place, kind)
+        if kind == "mean":
+            words |= make_means(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")
         rest = words["@hot" if distorted else "@rest"]
         used = {f"@{kind}{seed}": seed for seed in (0, 1)}

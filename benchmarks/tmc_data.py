@@ -48,8 +48,8 @@ TAUGHT = {
 TAUGHT["hot"] = TAUGHT["all"]
 TAUGHT["longer"] = (*TAUGHT["hot"], "training.n_steps=60000", "training.validate_every=6000")
 TAUGHT["anew"] = (*TAUGHT["longer"], "data.charge_reference=false")
-SUMS = {"mean": "GFN1-xTB+GFN2-xTB", "three": "GFN1-xTB+GFN2-xTB+IPEA1-xTB"}
-TAUGHT["mean"] = TAUGHT["three"] = TAUGHT["anew"]
+MEAN = "GFN1-xTB+GFN2-xTB"
+TAUGHT["mean"] = TAUGHT["anew"]
 TAUGHT["further"] = (
     *TAUGHT["hot"],
     "training.initial=gfn1-metals",
@@ -88,14 +88,14 @@ def _hot() -> list[Atoms]:
     return rest + [distorted(f, rng, d) for f in rest for d in (0.0, 1.0)]
 
 
-def make_sums(place: Path, kind: str) -> dict[str, str]:
-    """Energies and forces that are means over methods (a key of SUMS) in place of GFN1's, of the
-    complexes with DFT (@data) and of those that make_hot labels (@hot)."""
+def make_means(place: Path) -> dict[str, str]:
+    """The mean energies and forces of two methods in place of GFN1's, of the complexes with DFT
+    (@data) and of those that make_hot labels (@hot)."""
     known = [frame for path in GROWN for frame in _frames(path)]
     words = {"@data": ("grown", known), "@hot": ("grown-hot", _hot())}
     for name, frames in words.values():
-        preprocess(frames, place / f"{name}-{kind}", Recipe(SUMS[kind]))
-    return {word: str(place / f"{name}-{kind}") for word, (name, _) in words.items()}
+        preprocess(frames, place / f"{name}-mean", Recipe(MEAN))
+    return {word: str(place / f"{name}-mean") for word, (name, _) in words.items()}
 
 
 def distorted(frame: Atoms, rng: np.random.Generator, reach: float) -> Atoms:
