@@ -187,7 +187,9 @@ def draw_both_curves(
         draw_curves(axis, {name: table[arm] for arm, name in names.items()})
         axis.set_xlabel("structures with DFT")
         axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
-    axes[0].legend(frameon=False, fontsize="small")
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low, high * (high / low) ** 0.2)  # room for the legend above the curves
+    axes[0].legend(frameon=False, fontsize="small", loc="upper right")
     return save(figure, path)
 
 
