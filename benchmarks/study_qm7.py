@@ -266,7 +266,7 @@ STUDIES["delta"] = {
     for replicate in (0, 2)
     for n in (100, 200, 400)
 }
-_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3], "mean": SIZES[:5]}
+_SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3], "mean": SIZES}
 for _kind in FINE:
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
