@@ -124,6 +124,14 @@ def test_a_finished_sample_given_again_is_kept(two: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="exists and is not what this command makes"):
         sample(str(two), out, SHORT._replace(seed=1))
     assert out.read_bytes() == before[1]
+    left = tmp_path / "out.extxyz.gz.partial"  # as by a kill after the file was put in its place
+    left.mkdir()
+    assert sample(str(two), out, SHORT) == made and not left.exists()
+    damaged = bytearray(before[1])
+    damaged[len(damaged) // 2] ^= 0xFF
+    out.write_bytes(damaged)
+    with pytest.raises(InputError, match="exists and is not what this command makes"):
+        sample(str(two), out, SHORT)
 
 
 def test_a_part_of_another_sample_is_refused(two: Path, tmp_path: Path) -> None:

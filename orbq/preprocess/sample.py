@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ase import Atoms
 from ase.io import iread
-from ase.io.extxyz import XYZError, write_xyz
+from ase.io.extxyz import write_xyz
 
 from orbq.errors import InputError, told_when_full
 from orbq.orbitals import METHODS
@@ -88,9 +88,11 @@ def sample(
     reader = Reader(find_sources(inputs), keys)
     starts, left_out = _starts(reader, sampling.method)
     identity = _identity(reader, sampling)
-    if out.exists():
-        return Sampled(*_finished(out, identity), len(starts), left_out, [])
     place = out.with_name(out.name + PARTIAL)
+    if out.exists():
+        made = _finished(out, identity)
+        shutil.rmtree(place, ignore_errors=True)  # of a call that was killed before it did so
+        return Sampled(*made, len(starts), left_out, [])
     with told_when_full(out), _workspace(place, identity):
         trajectories = _trajectories(starts, reader, sampling, place)
         _run_all(trajectories, sampling, resources, on_progress)
@@ -130,7 +132,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> tuple[int, int]:
     """Frames and trajectories of a sample that this very call has made before."""
     try:
         found = [(frame.info[MADE_BY], frame.info["trajectory"]) for frame in iread(out)]
-    except (ValueError, KeyError, OSError, EOFError, XYZError, IndexError):
+    except Exception:  # whatever a file of others, or a damaged one, may raise: it is not ours
         found = []
     if {made_by for made_by, _ in found} != {_digest(identity)}:
         raise InputError(
