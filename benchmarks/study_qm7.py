@@ -273,6 +273,15 @@ for _kind in FINE:
         for replicate in (range(4) if PRETRAINED[_kind] == 2 else (0, 2))
         for n in _SIZES_FIRST.get(_kind, (100, 400))
     }
+# and for four times the steps, as ``longest``: how far the many go
+STUDIES["first_longest"] = {
+    f"longest-{n}-{replicate}": (
+        *_first(n, "mean", replicate),
+        f"training.n_steps={4 * _STEPS[n]}",
+    )
+    for n in (4000, 1600)
+    for replicate in range(4)
+}
 # references and energy readout fitted together first, by the networks taught for longer
 STUDIES["first_taught"] = {
     name.replace("longer", "taught"): (*changes, "data.references=taught")
@@ -284,7 +293,12 @@ def prepare(place: Path, study: str) -> dict[str, str]:
     """The data of a study, and the networks that it begins from."""
     words = make_data(place, 0 if study.startswith("search") else 1)
     if study.startswith("first_") or study == "delta":
-        others = {"first_search": "both", "first_taught": "longer", "delta": "charges"}
+        others = {
+            "first_search": "both",
+            "first_taught": "longer",
+            "first_longest": "mean",
+            "delta": "charges",
+        }
         kind = others.get(study, study.split("_")[-1])
         if kind in METHODS:
             words |= make_others(place, 1, kind)
