@@ -3,14 +3,16 @@
     taskset -c 1 python benchmarks/bench_step.py                # ours, 4 minutes
     taskset -c 1 python benchmarks/bench_step.py --peers ENVIRONMENTS --rounds 2    # and the peers
     taskset -c 1 python benchmarks/bench_step.py --phases mace       # where a step's time goes
+    taskset -c 1 python benchmarks/bench_step.py --head-share        # of a step, 2 minutes
 
 Batches of 16 molecules (8 acetylacetone, 8 3BPA; 336 atoms, about 5,040 edges at 5 Å), float32,
 loss of energies and forces, Adam; the workload and the peers' scripts are those of ../shared/peers,
 whose README says how to make one environment per peer (ENVIRONMENTS holds mlip, eqx, nequip,
 torch). Each measurement is a fresh process; ours and the peers' take turns. Atoms per CPU-second
 from the median step. "first call" is the compilation of the training step without any cache,
-"cached" a second process that finds it. "head" is the share of an `onsite` head in a training step.
-Appends to results/step.jsonl; the phases of a step (phases.py), to results/phases.jsonl.
+"cached" a second process that finds it. The share of an `onsite` head in a training step is of the
+steps with and without it in turns, in one process. Appends to results/step.jsonl, the shares to
+results/head_share.jsonl, the phases of a step (phases.py) to results/phases.jsonl.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT.parent / "shared" / "peers"
 RESULTS = ROOT / "benchmarks" / "results" / "step.jsonl"
 PHASES = RESULTS.with_name("phases.jsonl")
+HEAD_SHARES = RESULTS.with_name("head_share.jsonl")
+N_PAIRS = 100  # of steps with and without a head
 N_ATOMS, N_EDGES, N_STRUCTURES = 384, 5248, 17  # padded sizes, as the peers' multiples of 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "mace": {"backbone": "mace", "n_layers": 2, "lmax": 2, "lmax_hidden": 1},
@@ -187,6 +191,32 @@ def measure(setting: str, head: bool) -> dict[str, Any]:
     }
 
 
+def measure_head(setting: str) -> dict[str, Any]:
+    """Share of an `onsite` head in a training step: CPU seconds with and without it, in turns."""
+    import jax
+
+    programs = [make_program(setting, head) for head in (False, True)]
+    steps = [jax.jit(program.step) for program in programs]
+    states = [program.state for program in programs]
+    spent: list[list[float]] = [[], []]
+    for n in range(N_PAIRS + 2):  # the first two compile, and warm up
+        for i, (step, program) in enumerate(zip(steps, programs, strict=True)):
+            start = time.process_time()
+            states[i], metrics = step(states[i], program.batches[n % 4], program.hyper)
+            jax.block_until_ready((states[i], metrics))
+            spent[i].append(time.process_time() - start)
+    without, having = np.array(spent)[:, 2:]
+    low, share, high = np.percentile(1 - without / having, [25, 50, 75])
+    return {
+        "setting": setting,
+        "share": round(share, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "without_ms": round(1e3 * float(np.median(without)), 1),
+        "with_ms": round(1e3 * float(np.median(having)), 1),
+        "pairs": N_PAIRS,
+    }
+
+
 def measure_phases(setting: str) -> None:
     """The share of each phase of a training step with an `onsite` head: printed, appended."""
     import jax
@@ -298,7 +328,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="repetitions; medians are shown")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--phases", choices=SETTINGS, help="share of each phase of a training step")
+    parser.add_argument(
+        "--head-share", action="store_true", help="share of a charge head in a training step"
+    )
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-head", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not PEERS.is_dir():
@@ -306,8 +340,19 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, given.head)))
         return
+    if given.measure_head:
+        print(json.dumps(measure_head(given.measure_head)))
+        return
     if given.phases:
         measure_phases(given.phases)
+        return
+    if given.head_share:
+        for setting in given.settings:
+            found = child([sys.executable, __file__, "--measure-head", setting])
+            low, high = found["quartiles"]
+            print(f"{setting:9} {found['share']:6.1%}  half of the pairs {low:.1%} to {high:.1%}")
+            with HEAD_SHARES.open("a") as results:
+                results.write(json.dumps({**found, **circumstances()}) + "\n")
         return
     for setting in given.settings:
         rows = compare(setting, given.peers, given.rounds)

@@ -54,7 +54,10 @@ class EquivariantColumns(nn.Module):
         h = jax.nn.silu(dense(self.hidden, "hidden", dtype)(scalars))
         irreps = e3nn.Irreps(self.irreps)
         distinct = sorted({ir for _, ir in irreps})
-        columns = {ir: self._columns(features, h, ir, irreps.count(ir)) for ir in distinct}
+        # cut into degrees once: the gradient of every cut is padded to the whole features' size
+        lmax = round(features.equivariant.shape[1] ** 0.5) - 1
+        parts = [features.equivariant[:, degree_slice(l)] for l in range(lmax + 1)]
+        columns = {ir: self._columns(parts, h, ir, irreps.count(ir)) for ir in distinct}
         out, used = [], dict.fromkeys(columns, 0)
         for mul, ir in irreps:
             part = columns[ir][:, used[ir] : used[ir] + mul]  # [N, mul, 2l+1]
@@ -62,12 +65,13 @@ class EquivariantColumns(nn.Module):
             out.append(part.reshape(-1, mul * ir.dim))
         return jnp.concatenate(out, axis=1)
 
-    def _columns(self, features: Features, h: Array, ir: e3nn.Irrep, mul: int) -> Array:
+    def _columns(self, parts: list[Array], h: Array, ir: e3nn.Irrep, mul: int) -> Array:
         """``mul`` copies of irrep ``ir`` [N, mul, 2l+1], linear in the equivariant features with
-        weights that depend on the scalars; zero where the features cannot make this irrep."""
+        weights that depend on the scalars; zero where the features cannot make this irrep.
+        parts: of every degree l, [N, 2l+1, C]."""
         if ir.l == 0 and ir.p == 1:
             return dense(mul, str(ir), h.dtype, SMALL)(h)[:, :, None]
-        basis = self._basis(features.equivariant, ir)  # [N, 2l+1, B]
+        basis = self._basis(parts, ir)  # [N, 2l+1, B]
         if basis is None:
             return jnp.zeros((h.shape[0], mul, ir.dim), h.dtype)
         width = basis.shape[-1]
@@ -75,29 +79,26 @@ class EquivariantColumns(nn.Module):
         weight = self.param(str(ir), fan_in(SMALL), (width, mul))
         return jnp.swapaxes((basis * gate[:, None]) @ weight.astype(h.dtype), 1, 2)
 
-    def _basis(self, features: Float[Array, "N D C"], ir: e3nn.Irrep) -> Array | None:
+    def _basis(self, parts: list[Array], ir: e3nn.Irrep) -> Array | None:
         """Everything of irrep ``ir`` at hand: the features themselves and products of two."""
-        lmax = round(features.shape[1] ** 0.5) - 1
+        lmax = len(parts) - 1
         found = []
         if ir.l <= lmax and ir.p == (-1) ** ir.l:
-            found.append(features[:, degree_slice(ir.l)])
+            found.append(parts[ir.l])
         for a, b in ((1, 1), (1, 2), (2, 2)):
             natural = ir.p == (-1) ** (a + b)
             if max(a, b) <= lmax and natural and abs(a - b) <= ir.l <= a + b:
-                found.append(self._product(features, a, b, ir.l))
+                found.append(self._product(parts[a], parts[b], (a, b, ir.l)))
         return jnp.concatenate(found, axis=-1) if found else None
 
-    def _product(self, features: Array, a: int, b: int, l: int) -> Array:
-        channels = features.shape[-1]
+    def _product(self, left: Array, right: Array, degrees: tuple[int, int, int]) -> Array:
+        a, b, l = degrees
         sides = []
-        for side, degree in (("left", a), ("right", b)):
-            weight = self.param(
-                f"{a}x{b}_{l}_{side}",
-                fan_in(),
-                (channels, N_PRODUCT_CHANNELS),
-            )
-            sides.append(features[:, degree_slice(degree)] @ weight.astype(features.dtype))
-        q = jnp.asarray(orbitals.coupling(a, b, l), features.dtype)
+        for side, part in (("left", left), ("right", right)):
+            shape = (part.shape[-1], N_PRODUCT_CHANNELS)
+            weight = self.param(f"{a}x{b}_{l}_{side}", fan_in(), shape)
+            sides.append(part @ weight.astype(part.dtype))
+        q = jnp.asarray(orbitals.coupling(a, b, l), left.dtype)
         return jnp.einsum("ijk,nic,njc->nkc", q, *sides)
 
 
