@@ -32,6 +32,7 @@ import numpy as np
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM = "manifest.json", "potential.bin"
 STEPS = 16  # sizes of the padded edges per doubling
+MIN_DISTANCE = 0.4  # Å between atoms
 
 
 def load(directory: str | Path = Path(__file__).parent) -> Potential:
@@ -78,14 +79,20 @@ class Potential:
 
         numbers [n], positions [n, 3] Å, cell [3, 3] lattice vectors in rows, pbc one or three bool,
         charge e, spin_multiplicity (None: the lowest of the electron count). Raises ValueError for
-        an element without training data or reference energy.
+        an element without training data or reference energy, a position that is not finite, atoms
+        nearer than MIN_DISTANCE.
         """
         numbers = np.asarray(numbers, np.int32)
         x = np.asarray(positions, np.float64).reshape(len(numbers), 3)
         reference = self.reference_energy(numbers, charge)
         if spin_multiplicity is None:
             spin_multiplicity = 1 + int(numbers.sum() - charge) % 2
-        senders, receivers, shifts = padded(*edges(x, self.cutoff, cell, pbc), len(x), self.cutoff)
+        if not np.isfinite(x).all():
+            atom = int(np.argmin(np.isfinite(x).all(1)))
+            raise ValueError(f"the position of atom {atom} is not finite: {x[atom].tolist()}")
+        found = edges(x, self.cutoff, cell, pbc)
+        check_apart(x, *found)
+        senders, receivers, shifts = padded(*found, len(x), self.cutoff)
         energy, forces, *charges = self.program(
             (x - x.mean(0)).astype(self.dtype),  # spares float32 its digits
             numbers,
@@ -135,6 +142,22 @@ def edges(
     receivers, senders, shifts = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.argsort(receivers, kind="stable")
     return senders[order].astype(np.int32), receivers[order].astype(np.int32), shifts[order]
+
+
+def check_apart(
+    positions: np.ndarray, senders: np.ndarray, receivers: np.ndarray, shifts: np.ndarray
+) -> None:
+    """Raises ValueError for the two atoms that an edge joins and that are nearer than MIN_DISTANCE
+    to each other."""
+    if not len(shifts):
+        return
+    distances = np.linalg.norm(positions[receivers] - positions[senders] + shifts, axis=1)
+    if (shortest := distances.min()) < MIN_DISTANCE:
+        edge = distances.argmin()
+        i, j = sorted((senders[edge], receivers[edge]))
+        raise ValueError(
+            f"atoms {i} and {j} are {shortest:.3f} Å apart: at least {MIN_DISTANCE} Å needed"
+        )
 
 
 def padded(

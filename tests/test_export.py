@@ -18,9 +18,11 @@ from tiny_run import random_run, save_run
 from typer.testing import CliRunner
 
 import orbq
+from orbq import standalone
 from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.inference import atomic_charges
+from orbq.preprocess import check
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.stablehlo import lowered
 from orbq.standalone import PROGRAM, edges, padded
@@ -116,21 +118,41 @@ def test_equals_the_run_without_orbq(run, exported, packages):
         assert np.sum(exact["charges"]) == pytest.approx(atoms.info.get("charge", 0), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "options", "message"),
-    [
-        ([79], {}, "no energy for Z = [79]"),
-        ([8, 1], {"pbc": True}, "needs independent lattice vectors"),
-    ],
-)
-def test_what_the_loader_refuses(exported, packages, numbers, options, message):
+def test_what_the_loader_refuses(exported, packages):
+    near, thin = [[0, 0, 0], [0, 0, 0.3]], np.diag([9, 9, 0.35]).tolist()
+    refused = [
+        ({"numbers": [79], "positions": [[1, 0, 0]]}, "no energy for Z = [79]"),
+        (
+            {"numbers": [8, 1], "positions": np.eye(3)[:2].tolist(), "pbc": True},
+            "pbc [True, True, True] needs independent lattice vectors",
+        ),
+        (
+            {"numbers": [8, 1], "positions": near},
+            "atoms 0 and 1 are 0.300 Å apart: at least 0.4 Å needed",
+        ),
+        (
+            {"numbers": [1], "positions": [[0, 0, 0]], "cell": thin, "pbc": [False, False, True]},
+            "atoms 0 and 0 are 0.350 Å apart",
+        ),
+        (
+            {"numbers": [8, 1], "positions": [[0, 0, 0], [0, np.nan, 1]]},
+            "the position of atom 1 is not finite: [0.0, nan, 1.0]",
+        ),
+    ]
     code = ALONE.replace("json.loads(sys.stdin.read())", "[]") + (
-        "\ntry:\n"
-        f"    model({numbers}, np.eye(3)[:{len(numbers)}], cell=np.zeros((3, 3)), **{options})\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
+        "\nfor given in json.loads(sys.stdin.read()):\n"
+        "    try:\n"
+        "        model(**given)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
     )
-    assert message in alone(packages, code, exported)
+    found = alone(packages, code, exported, text=json.dumps([given for given, _ in refused]))
+    for (_, message), line in zip(refused, found.splitlines()[1:], strict=True):
+        assert message in line
+
+
+def test_the_loader_knows_how_near_atoms_may_be():
+    assert standalone.MIN_DISTANCE == check.MIN_DISTANCE
 
 
 def test_no_custom_call_is_left():
