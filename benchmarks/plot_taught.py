@@ -87,6 +87,21 @@ def tell_wide(curves: dict[str, Curves]) -> None:
         print("".join(f", {n} {change_text(change(*pair)[0])}" for n, pair in pairs.items()))
 
 
+def tell_charges(curves: dict[str, Curves]) -> None:
+    """What charges of the same structures bring, from one an atom to the whole block, and GFN1's
+    beside those of the reference method."""
+    for metric, table in curves.items():
+        paths = [RESULTS / "tmc_grown_unsloped_hot.jsonl"]
+        found = read_from(paths, metric, lambda r: r["ablation"].startswith("charges"))
+        arms = {name: found[name][ALL] for name in ("dft", "atomic", "orbital") if found[name]}
+        arms["onsite"] = table["onsite"][ALL]
+        bases = {"alone": table["energy-only"][ALL], "dft": arms.get("dft", {})}
+        for name, arm in arms.items():
+            print(f"{LABELS[metric]}: {name} of the same: {mean(arm):.0f}", end="")
+            told = {k: change(arm, b)[0] for k, b in bases.items() if b and k != name}
+            print("".join(f", to {k} {change_text(value)}" for k, value in told.items()))
+
+
 def tell_energies() -> None:
     """What `onsite` of the same structures brings where no forces are taught."""
     path = RESULTS / "tmc_grown_energies_hot.jsonl"
@@ -133,6 +148,7 @@ if __name__ == "__main__":
     found = {metric: read(metric) for metric in LABELS}
     tell(found)
     tell_wide(found)
+    tell_charges(found)
     tell_energies()
     tell_others(found)
     print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))

@@ -100,7 +100,7 @@ def read_from(
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             kind, size = kind_and_size(record["ablation"])
-            arm = record["arm"] if kind in ("own", "wide", "dft") else kind
+            arm = record["arm"] if kind in ("own", "wide", "dft", "charges") else kind
             split = int(record["ablation"].split("-")[1])
             if split == CHOOSES or not wanted(record):
                 continue

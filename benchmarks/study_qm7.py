@@ -196,20 +196,24 @@ STUDIES["longest"] = {
         ("base_deep", (*_chosen("onsite", n), "ablation.weights=[0.0]")),
     )
 }
-# and of 4,000 molecules twice the channels, by seed; four times, one run
+# and twice the channels, by seed; of 4,000 molecules four times, one run
 STUDIES["longest"] |= {
-    f"{name}-4000-{seed}": (
+    f"{name}-{n}-{seed}": (
         *arm,
         f"ablation.seeds=[{seed}]",
         f"ablation.subset_seeds=[{2 if seed < 4 else 3}]",
         f"model.n_channels={channels}",
-        f"training.n_steps={4 * _STEPS[4000]}",
+        f"training.n_steps={4 * _STEPS[n]}",
     )
-    for size, channels, seeds in (("wide", 64, (2, 3, 4, 5)), ("wider", 128, (2,)))
+    for n, size, channels, seeds in (
+        (4000, "wide", 64, (2, 3, 4, 5)),
+        (4000, "wider", 128, (2,)),
+        (1600, "wide", 64, (2, 3, 4, 5)),
+    )
     for seed in seeds
     for name, arm in (
-        (f"onsite_{size}", _own(4000, "onsite")),
-        (f"base_{size}", (*_chosen("onsite", 4000), "ablation.weights=[0.0]")),
+        (f"onsite_{size}", _own(n, "onsite")),
+        (f"base_{size}", (*_chosen("onsite", n), "ablation.weights=[0.0]")),
     )
 }
 STUDIES["targets"] = {
