@@ -2,10 +2,10 @@
 
     python benchmarks/plot_qm7.py
 
-Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table qm7_longest.jsonl. Each arm
-is held against energy-only training, both with the network that its own validation error chose
-(study ``networks``), over replicates of the same seed and subset (curves.py). Writes
-results/qm7_curves.png.
+Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table those of ``longest`` and
+``first_longest``. Each arm is held against energy-only training, both with the network that its
+own validation error chose (study ``networks``), over replicates of the same seed and subset
+(curves.py). Writes results/qm7_curves.png.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ STUDIES = (
     "first_energies",
     "targets",
 )
+LONGEST = ("longest", "first_longest")
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
@@ -48,6 +49,7 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "forces": "GFN1 charges, energies and forces first",
     "longer": "GFN1 charges and energies first, for twice as long",
     "mean": "the same with mean energies of GFN1 and GFN2",
+    "longest": "GFN1 charges, mean energies of GFN1 and GFN2 first",
     "gfn2": "the same with charges and energies of GFN2",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
@@ -82,7 +84,7 @@ def main() -> None:
     tell(table)
     draw(table, RESULTS / "qm7_curves.png")
     print("\nfour times the steps")
-    longest, chosen_by = read(["longest"]), read(["longest"], "validation")
+    longest, chosen_by = read(LONGEST), read(LONGEST, "validation")
     for arm in (ARMS[f"base_{size}"] for size in ("deep", "wide", "wider")):  # if better
         for n, errors in longest.pop(arm, {}).items():
             here, there = (mean(chosen_by[name][n]) for name in (arm, BASELINE))
