@@ -14,6 +14,7 @@ from orbq.preprocess.flat import release
 from orbq.preprocess.pack import measure_budget
 from orbq.preprocess.plan import Budget, Fill, fill_rates, make_plan
 from orbq.preprocess.pool import Part, Pool
+from orbq.preprocess.read import Failure
 from orbq.preprocess.store import Dataset, check_atoms
 from orbq.schema import FIELDS
 
@@ -197,16 +198,41 @@ class _Track:
         return Range(self.low, mean, self.high, self.low_at, self.high_at)
 
 
+class Reasons:
+    """Why structures were left out; reasons that differ in their numbers alone are one."""
+
+    def __init__(self) -> None:
+        self._number: Counter[tuple[str, str]] = Counter()
+        self._example: dict[tuple[str, str], str] = {}
+
+    def add(self, failure: Failure) -> None:
+        """Count one more."""
+        words = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", failure.reason)
+        key = (failure.kind, words)
+        self._number[key] += 1
+        self._example.setdefault(key, f"{failure.file} frame {failure.frame}: {failure.reason}")
+
+    def patterns(self) -> dict[tuple[str, str], tuple[int, str]]:
+        """(kind, reason without its numbers) -> (how many, an example), most frequent first."""
+        return {key: (n, self._example[key]) for key, n in self._number.most_common()}
+
+    def total(self) -> int:
+        """Structures left out."""
+        return self._number.total()
+
+    def commonest(self) -> str:
+        """The most frequent reason: how many, their kind and an example; "" if there is none."""
+        for (kind, _), (number, example) in self.patterns().items():
+            return f"{number:,} {kind}, e.g. {example}"
+        return ""
+
+
 def failure_patterns(dataset: Dataset) -> dict[tuple[str, str], tuple[int, str]]:
     """(kind, reason without its numbers) -> (how many, an example), most frequent first."""
-    number: Counter[tuple[str, str]] = Counter()
-    example: dict[tuple[str, str], str] = {}
+    reasons = Reasons()
     for entry in dataset.failures():
-        words = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", entry["reason"])
-        key = (entry["kind"], words)
-        number[key] += 1
-        example.setdefault(key, f"{entry['file']} frame {entry['frame']}: {entry['reason']}")
-    return {key: (n, example[key]) for key, n in number.most_common()}
+        reasons.add(Failure(entry["file"], entry["frame"], entry["reason"], entry["kind"]))
+    return reasons.patterns()
 
 
 def edges(dataset: Dataset, cutoff: float, batch_size: int) -> Edges:
