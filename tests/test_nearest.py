@@ -36,6 +36,15 @@ def written(place: Path, method: str, names: tuple[str, ...] = NAMES) -> Path:
     return place / "molecules.xyz"
 
 
+def crystals(n: int) -> list[Atoms]:
+    """Too thin for the Gamma point, with energies."""
+    found = [Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], cell=5 * np.eye(3), pbc=True) for _ in range(n)]
+    for i, atoms in enumerate(found):
+        atoms.cell[2, 2] += 0.1 * i
+        atoms.info["TotEnergy"] = -30.0 - 0.1 * i**2
+    return found
+
+
 @pytest.mark.parametrize("method", ["GFN2-xTB", "GFN1-xTB+GFN2-xTB"])
 def test_the_method_that_made_the_energies_is_the_nearest(method: str, tmp_path: Path) -> None:
     found = nearest_methods(written(tmp_path, method), resources=ONE)
@@ -82,6 +91,90 @@ def test_input_that_will_not_do_is_refused(tmp_path: Path) -> None:
     ase.io.write(few, molecule("H2O"), format="extxyz")
     with pytest.raises(InputError, match="no structure has a reference energy"):
         nearest_methods(few, resources=ONE)
+
+
+def test_one_bad_structure_never_stops_the_others(tmp_path: Path) -> None:
+    """Neither an energy nor an atom that is not a number, nor a charge of a half: they are told,
+    and take no place of the others in the sample."""
+    place = written(tmp_path, "GFN2-xTB")
+    good = ase.io.read(place, ":")
+    bad = [molecule("H2O") for _ in range(4)]
+    for atoms in bad:
+        atoms.info["TotEnergy"] = -1.0
+    bad[0].info["TotEnergy"] = bad[3].info["TotEnergy"] = np.nan
+    bad[1].positions[0] = bad[1].positions[1]
+    bad[2].info["charge"] = 0.5
+    ase.io.write(place, [*bad[:3], *good, bad[3]], format="extxyz")
+    found = nearest_methods(place, limit=len(NAMES), resources=ONE)
+    assert (found.n, found.left_out) == (len(NAMES), 4)
+    assert found.why == f"2 rejected, e.g. {place} frame 0: energy is not finite"
+    assert found.nearness[0].method == "GFN2-xTB" and found.nearness[0].error < 1e-6
+    told = CliRunner().invoke(make_app(), ["methods", str(place), "--workers", "1"])
+    assert told.exit_code == 0, told.output
+    assert f"of {len(NAMES)} structures, 4 left out: {found.why}\n" in told.output
+
+
+def test_energies_that_the_composition_tells_exactly_are_refused(tmp_path: Path) -> None:
+    """Placeholders; atoms alone; and copies, of which nothing but rounding is left."""
+    place = written(tmp_path, "GFN2-xTB")
+    frames = ase.io.read(place, ":")
+    exactly = "molecules.xyz: the composition tells these energies exactly: are they placeholders"
+    for energies in ({}, ATOMS):
+        for atoms in frames:
+            atoms.info["TotEnergy"] = sum(energies.get(s, 0.0) for s in atoms.symbols)
+        ase.io.write(place, frames, format="extxyz")
+        with pytest.raises(InputError, match=exactly):
+            nearest_methods(place, resources=ONE)
+    ase.io.write(place, 40 * ase.io.read(written(tmp_path, "GFN1-xTB"), ":1"), format="extxyz")
+    with pytest.raises(InputError, match=r"exactly: .* or copies of one structure"):
+        nearest_methods(place, resources=ONE)
+
+
+def test_copies_are_refused_when_the_others_get_no_labels(tmp_path: Path) -> None:
+    place = written(tmp_path, "GFN2-xTB")
+    frames = 20 * ase.io.read(place, ":1") + crystals(2)
+    ase.io.write(place, frames, format="extxyz")
+    with pytest.raises(InputError, match="the composition tells these energies exactly"):
+        nearest_methods(place, resources=ONE)
+
+
+def test_the_commonest_reason_is_told_where_too_few_are_left(tmp_path: Path) -> None:
+    place = tmp_path / "crystals.xyz"
+    ase.io.write(place, crystals(14), format="extxyz")
+    with pytest.raises(InputError) as told:
+        nearest_methods(place, resources=ONE)
+    assert "; 14 left out: 14 labels missing, e.g. " in str(told.value)
+    assert f"{place} frame 0: cell height 5.00 Å below 10 Å" in str(told.value)
+    assert "--limit" not in str(told.value)
+    frames = ase.io.read(written(tmp_path, "GFN2-xTB"), ":")
+    place = tmp_path / "molecules.xyz"
+    for atoms in frames[1:]:
+        atoms.info["charge"] = 0.5
+    ase.io.write(place, frames, format="extxyz")
+    with pytest.raises(InputError) as told:
+        nearest_methods(place, resources=ONE)
+    assert str(told.value).endswith(
+        f"1 structures with a reference energy and labels of every method, of 2 elements: at least "
+        f"12 are needed; 14 left out: 14 rejected, e.g. {place} frame 1: charge is 0.5: it must be "
+        "a whole number"
+    )
+
+
+def test_faults_are_told_beside_a_missing_energy(tmp_path: Path) -> None:
+    place, frames = tmp_path / "molecules.xyz", [molecule("H2O"), molecule("CH4")]
+    frames[1].info["charge"] = 0.5
+    ase.io.write(place, frames, format="extxyz")
+    with pytest.raises(InputError, match=r"no structure has a .* 1 left out: .* charge is 0\.5"):
+        nearest_methods(place, resources=ONE)
+
+
+def test_the_limit_is_told_only_where_it_is_too_small(tmp_path: Path) -> None:
+    place = written(tmp_path, "GFN2-xTB")
+    with pytest.raises(InputError, match=r"at least 14 are needed \(--limit is 12\)$"):
+        nearest_methods(place, limit=12, resources=ONE)
+    ase.io.write(place, ase.io.read(place, ":12"), format="extxyz")
+    with pytest.raises(InputError, match=r"12 structures .*: at least 14 are needed$"):
+        nearest_methods(place, limit=12, resources=ONE)
 
 
 def test_the_command_tells_what_to_label_with(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def _tell(found: Found, console: Console) -> None:
         ratio = f"{error / alone:.2f}" if method else ""
         table.add_row(method or "composition", f"{1000 * error:.4g}", ratio)
     console.print(table)
-    left_out = f", {found.left_out:,} left out" if found.left_out else ""
+    left_out = f", {found.left_out:,} left out: {found.why}" if found.left_out else ""
     console.print(f"mean absolute error of {found.n:,} structures{left_out}")
     if method := found.advised():
         console.print(f"Label with: orbq preprocess INPUT --out DATASET --method {method}")

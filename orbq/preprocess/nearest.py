@@ -22,16 +22,19 @@ from ase import Atoms
 
 from orbq.errors import InputError
 from orbq.orbitals import METHODS
+from orbq.preprocess.check import check
 from orbq.preprocess.frames import find_sources
 from orbq.preprocess.label import Progress, Recipe, preprocess
-from orbq.preprocess.read import FIRST_FOUND, Failure, Keys, Reader
+from orbq.preprocess.read import FIRST_FOUND, REJECTED, UNLABELLED, Failure, Keys, Reader
 from orbq.preprocess.references import fit_references
 from orbq.preprocess.schedule import Resources
+from orbq.preprocess.summary import Reasons
 from orbq.preprocess.xtb import DEFAULTS, Settings
 from orbq.schema import Structure
 
 FEWEST = 10  # structures beyond the number of elements
 HARDLY = 0.03  # of the error: less than another sample of some hundred structures changes
+ROUNDING = 1e-6  # eV: less is left of energies that the composition tells exactly
 HERE = Resources()
 
 
@@ -45,11 +48,13 @@ class Nearness(NamedTuple):
 
 class Found(NamedTuple):
     """nearness: of every method and mean, the best first. n: structures compared. left_out: those
-    with an energy that a method could not label."""
+    that could not be read or used, and those with an energy that a method could not label. why: the
+    commonest reason for it, "" if none is left out."""
 
     nearness: list[Nearness]
     n: int
     left_out: int
+    why: str = ""
 
     def advised(self) -> str:
         """The method to label with: of those hardly behind the nearest the one of the fewest
@@ -70,46 +75,93 @@ def nearest_methods(
     """Compare xTB energies with reference energies of at most ``limit`` structures of the input,
     taken at random. on_progress(method, how far its labels are).
 
-    Raises InputError for input in which fewer than FEWEST structures beyond the number of their
-    elements have an energy and every method's labels.
+    Structures that cannot be used are left out and counted. Raises InputError for input in which
+    fewer than FEWEST structures beyond the number of their elements have an energy and every
+    method's labels, and for energies that the composition tells exactly.
     """
     if limit <= FEWEST:
         raise InputError(f"--limit {limit}: more than {FEWEST} structures are needed")
     inputs = [inputs] if isinstance(inputs, str | Path) else inputs
-    structures = _with_energy(Reader(find_sources(inputs), keys), limit)
-    labels, known = _labels(structures, settings, resources, on_progress)
+    reader, reasons = Reader(find_sources(inputs), keys), Reasons()
+    structures, n_usable = _with_energy(reader, limit, reasons)
+    limited = f" (--limit is {limit})" if n_usable > limit else ""
+    _require(structures, reader, reasons, limited)
+    labels, unlabelled = _labels(structures, settings, resources, on_progress)
+    for i, reason in unlabelled.items():
+        reasons.add(_failure(structures[i], reader, reason, UNLABELLED))
+    known = np.array([i not in unlabelled for i in range(len(structures))])
     compared = [s for s, has in zip(structures, known, strict=True) if has]
-    elements = {z for s in compared for z in s.numbers.tolist()}
-    if (n := len(compared)) < (needed := len(elements) + FEWEST):
-        raise InputError(
-            f"{n} structures with a reference energy and labels of every method, of "
-            f"{len(elements)} elements: at least {needed} are needed (--limit is {limit})"
-        )
-    energy = np.array([s.energy for s in compared], np.float64)
+    _require(compared, reader, reasons, limited)
+    energy = _energies(compared)
     found = [Nearness("", _left(compared, energy))]
     for methods in (some for k in (1, 2, 3) for some in combinations(METHODS, k)):
         mean = np.mean([labels[method][known] for method in methods], axis=0)
         found.append(Nearness("+".join(methods), _left(compared, energy - mean)))
-    return Found(sorted(found, key=lambda one: one.error), n, len(structures) - n)
+    found.sort(key=lambda one: one.error)
+    return Found(found, len(compared), reasons.total(), reasons.commonest())
 
 
-def _with_energy(reader: Reader, limit: int) -> list[Structure]:
-    """At most ``limit`` structures with an energy, at random; in the order of the input."""
+def _with_energy(reader: Reader, limit: int, reasons: Reasons) -> tuple[list[Structure], int]:
+    """At most ``limit`` usable structures with an energy, at random, in the order of the input; and
+    how many there are. Those that cannot be used are added to ``reasons``."""
     rng, kept, seen = np.random.default_rng(0), dict[int, Structure](), 0
     for item in reader:
-        if isinstance(item, Failure) or item.energy is None:
+        if isinstance(item, Failure):
+            reasons.add(item)
+            continue
+        if item.energy is None:
+            continue
+        if reason := check(item, "+".join(METHODS)):
+            reasons.add(_failure(item, reader, reason))
             continue
         place = seen if seen < limit else int(rng.integers(seen + 1))  # reservoir sampling
         if place < limit:
             kept[place] = item
         seen += 1
-    if not kept:
-        names = ", ".join(source.name for source in reader.sources[:3])
+    if not reader.names_used["energy"]:
         raise InputError(
-            f"{names}: no structure has a reference energy; name it by --energy-key if it has "
-            "another name"
+            f"{_names(reader)}: no structure has a reference energy; name it by --energy-key if it "
+            f"has another name{_told(reasons)}"
         )
-    return sorted(kept.values(), key=lambda s: s.source)
+    return sorted(kept.values(), key=lambda s: s.source), seen
+
+
+def _require(
+    structures: Sequence[Structure], reader: Reader, reasons: Reasons, limited: str
+) -> None:
+    """Raise InputError for structures too few or too alike to compare anything by.
+
+    limited: that --limit took a part of the structures only, "" if it did not.
+    """
+    elements = {z for s in structures for z in s.numbers.tolist()}
+    if (n := len(structures)) < (needed := len(elements) + FEWEST):
+        raise InputError(
+            f"{_names(reader)}: {n} structures with a reference energy and labels of every method, "
+            f"of {len(elements)} elements: at least {needed} are needed"
+            f"{limited if n else ''}{_told(reasons)}"
+        )
+    if _left(structures, _energies(structures)) < ROUNDING:
+        raise InputError(
+            f"{_names(reader)}: the composition tells these energies exactly: are they "
+            "placeholders, or copies of one structure?"
+        )
+
+
+def _names(reader: Reader) -> str:
+    return ", ".join(source.name for source in reader.sources[:3])
+
+
+def _told(reasons: Reasons) -> str:
+    return f"; {reasons.total():,} left out: {reasons.commonest()}" if reasons.total() else ""
+
+
+def _failure(s: Structure, reader: Reader, reason: str, kind: str = REJECTED) -> Failure:
+    number, frame = s.source
+    return Failure(reader.sources[number].name, frame, reason, kind)
+
+
+def _energies(structures: Sequence[Structure]) -> np.ndarray:
+    return np.array([s.energy for s in structures], np.float64)
 
 
 def _labels(
@@ -117,11 +169,10 @@ def _labels(
     settings: Settings,
     resources: Resources,
     on_progress: Callable[[str, Progress], None],
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Energies [S] of every method, eV, and [S] whether a structure has all of them."""
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """Energies [S] of every method, eV; and of structures that lack one, why."""
     frames = [_atoms(structure) for structure in structures]
-    known = np.ones(len(frames), bool)
-    labels = {}
+    labels, unlabelled = {}, dict[int, str]()
     with TemporaryDirectory(prefix="orbq-") as place:
         for method in METHODS:
             dataset = preprocess(
@@ -131,12 +182,12 @@ def _labels(
                 resources,
                 partial(on_progress, method),
             )
-            found = np.where(dataset["xtb_energy_mask"], dataset["xtb_energy"], np.nan)
             labels[method] = np.full(len(frames), np.nan)
             # what xTB cannot take is left out of the set
-            labels[method][dataset["source"][:, 1]] = found
-            known &= np.isfinite(labels[method])
-    return labels, known
+            labels[method][dataset["source"][:, 1]] = dataset["xtb_energy"]
+            for entry in dataset.failures():
+                unlabelled.setdefault(entry["frame"], entry["reason"])
+    return labels, unlabelled
 
 
 def _atoms(s: Structure) -> Atoms:
