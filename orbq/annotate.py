@@ -30,12 +30,15 @@ from orbq.inference import (
     voigt,
 )
 from orbq.preprocess.frames import Frame, Source, read_frames
+from orbq.preprocess.read import results_of
 from orbq.run import Run, require_energy
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
 
 PARTIAL = ".partial"
 RESULTS = ("energy", "forces", "stress", "charges")  # what ASE has a name for
+OF_THE_ENERGY = ("energy", "free_energy", "energies", "forces", "stress", "stresses")
+KEEPING = ("extxyz", "traj", "db", "json")  # formats that hold what is predicted
 RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -60,7 +63,8 @@ def annotate(
 ) -> Iterator[Atoms | Refused]:
     """Every structure of the files with its predictions, in their order, in constant memory.
 
-    Energy and forces are set as the calculator's results; with ``stress`` also the stress of
+    Energy and forces are set as the calculator's results, in place of all that came with the
+    structure and follows from another energy; with ``stress`` also the stress of
     crystals (eV/Å^3, Voigt's order xx, yy, zz, yz, xz, xy); with ``charges`` also the atomic
     charges, and the arrays ``orbital_charges`` [n, 10] and ``shell_charges`` [n, 4] if the run has
     them. An ensemble's predictions are means; the spread is in ``info["energy_std"]``,
@@ -144,7 +148,9 @@ def _annotated(atoms: Atoms, results: dict[str, Any]) -> Atoms:
         atoms.info.pop(name + SPREAD, None)
         atoms.arrays.pop(name + SPREAD, None)
     known = {name: results[name] for name in RESULTS if name in results}
-    atoms.calc = SinglePointCalculator(atoms, **known)
+    replaced = OF_THE_ENERGY if "energy" in known else ()
+    kept = {name: value for name, value in results_of(atoms).items() if name not in replaced}
+    atoms.calc = SinglePointCalculator(atoms, **{**kept, **known})
     for name, value in results.items():
         if name in ("energy" + SPREAD, "stress" + SPREAD):
             atoms.info[name] = value
@@ -160,7 +166,8 @@ class Writer:
     """Writes structures one by one to ``path``; complete only after ``finish``.
 
     The format follows from the name, as in ASE. extxyz (also .gz, .xz, .bz2), traj and db files
-    are written as the structures come; any other format at the end.
+    are written as the structures come; any other format at the end. keeps: whether the format holds
+    energies, forces and charges.
 
     Raises InputError for a name that ASE knows no format for, or one it cannot write.
     """
@@ -168,6 +175,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         self.format, self._single = _format(path)
+        self.keeps = self.format in KEEPING
         self.count = 0
         self._collected: list[Atoms] = []
         self._stream: Any = None
@@ -192,6 +200,7 @@ class Writer:
     def write(self, atoms: Atoms) -> None:
         """Add one structure. Raises InputError when the format holds only one."""
         if self.count and self._single:
+            self.partial.unlink(missing_ok=True)
             raise InputError(
                 f"{self.path}: the format {self.format!r} holds one structure: name a file that "
                 "ends in .extxyz, .traj or .db"
@@ -285,7 +294,7 @@ def _format(path: Path) -> tuple[str, bool]:
         known = None
     if known is None or not known.can_write:
         raise InputError(
-            f"{path}: ASE writes no format of that name: end it in .extxyz, .traj, .db, .cif, ..."
+            f"{path}: ASE writes no format of that name: end it in .extxyz, .traj or .db"
         )
     if path.suffix in _COMPRESSED and name != "extxyz":
         raise InputError(f"{path}: only extxyz is written compressed: leave {path.suffix} out")

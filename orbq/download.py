@@ -240,8 +240,9 @@ def _download(url: str, path: Path, remote: Remote, where: str, bar: Any) -> Non
         )
     except (requests.RequestException, OSError, ValueError) as error:
         files = ", ".join(remote.files)
+        addresses = ", ".join(where.replace(NAME, file) for file in remote.files)
         raise InputError(
             f"{url} cannot be downloaded ({type(error).__name__}: {str(error)[:200]}). Without a "
-            f"connection: bring {files} from {where} into {path.parent} and give the same command "
+            f"connection: bring {files} ({addresses}) into {path.parent} and give the same command "
             "again, which verifies them"
         ) from error

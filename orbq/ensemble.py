@@ -24,7 +24,7 @@ from ase.calculators.mixing import AverageCalculator
 from orbq.calculator import Calculator
 from orbq.errors import InputError
 from orbq.inference import checked_batch_size, predict_members
-from orbq.orbitals import SYMBOLS
+from orbq.orbitals import SYMBOLS, parts
 from orbq.run import Run, is_one, load, usable
 from orbq.schema import Structure
 
@@ -143,7 +143,7 @@ def _check_agreement(first_name: str, first: Run, name: str, run: Run) -> None:
             "elements": ", ".join(SYMBOLS[z] for z in run.elements),
             "charge targets": ", ".join(run.targets) or "none",
             "energies": "taught" if run.taught_energy else "not taught",
-            "xTB method": run.potential.constants.method if charges else "none",
+            "xTB method": parts(run.potential.constants.method)[0] if charges else "none",
         }
 
     for what, known in described(first).items():

@@ -180,12 +180,13 @@ def _labels(
             )
     method = run.potential.constants.method
     if other := _other_labels(dataset.method, method):
-        if clash := [n for n in wanted or () if n in other]:
+        left = [n for n in possible if n not in other]
+        if clash := [n for n in wanted or (() if left else possible) if n in other]:
             raise InputError(
                 f"{', '.join(clash)}: {dataset.path} is labelled with {dataset.method}, the run "
                 f"was trained on {method}; label the structures with --method {method}"
             )
-        possible = [n for n in possible if n not in other]
+        possible = left
     found = [n for n in (wanted or possible) if _labelled(dataset, rows, n).any()]
     missing = [n for n in (wanted or ()) if n not in found]
     if missing or not found:
@@ -195,6 +196,19 @@ def _labels(
             "predictions without labels"
         )
     return tuple(found)
+
+
+def not_compared(run: Run, dataset: Dataset) -> str | None:
+    """Which of the run's predictions have no counterpart in the labels of another xTB method."""
+    method = run.potential.constants.method
+    heads = [name for name, _ in run.potential.architecture.heads]
+    lost = [name for name in heads if name in _other_labels(dataset.method, method)]
+    if not lost:
+        return None
+    return (
+        f"not compared: {', '.join(lost)}: {dataset.path} is labelled with {dataset.method}, the "
+        f"run was trained on {method}"
+    )
 
 
 def _other_labels(first: str, second: str) -> set[str]:

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from orbq.errors import InputError
 from orbq.metrics import display_unit, unit_of
-from orbq.run_files import METRICS
+from orbq.run_files import METRICS, run_directory
 from orbq.schema import FIELDS
 from orbq.scores import ENERGIES, Evaluation
 from orbq.targets import TARGETS
@@ -193,7 +193,7 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 
     Raises InputError when there are none.
     """
-    path = Path(directory) / METRICS
+    path = run_directory(directory) / METRICS
     records = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

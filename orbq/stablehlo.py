@@ -28,6 +28,7 @@ from orbq.annotate import charge_target
 from orbq.errors import InputError
 from orbq.models.potential import make_potential, predict
 from orbq.orbitals import SYMBOLS
+from orbq.preprocess.links import make_directory
 from orbq.preprocess.store import write_atomically
 from orbq.run import Run, load, require_energy
 from orbq.targets import TARGETS
@@ -76,10 +77,11 @@ def export(
     if out.exists() and not (out / standalone.MANIFEST).is_file():
         raise InputError(f"--out {out} is not an exported potential: it will not be replaced")
     target = charge_target(run) if charges else None
+    make_directory(out.parent, "--out")
     program = lowered(run, target, platforms).serialize()
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     (temporary / standalone.PROGRAM).write_bytes(program)
     shutil.copyfile(standalone.__file__, temporary / LOADER)
     described = manifest(run, target, platforms)

@@ -9,6 +9,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from tiny_run import complexes, random_run, save_run
 from typer.testing import CliRunner
 
@@ -105,6 +106,55 @@ def test_nothing_but_bad_structures(small, tmp_path):
 def test_charges_need_a_charge_target(structures):
     with pytest.raises(InputError, match="predicts no charges"):
         next(annotate(random_run((), lmax=0, n_layers=1), find_sources([structures]), charges=True))
+
+
+def _labelled_water() -> ase.Atoms:
+    """What a calculation of another method may have left."""
+    atoms = molecule("H2O")
+    labels = {"energy": -1.0, "free_energy": -1.1, "forces": np.full((3, 3), 0.5)}
+    atoms.calc = SinglePointCalculator(
+        atoms, **labels, dipole=np.array([0.0, 0.0, 0.4]), magmoms=np.full(3, 0.25)
+    )
+    return atoms
+
+
+def test_what_came_with_a_structure_stays(tmp_path):
+    """But for what follows from an energy, where another energy takes its place."""
+    path = tmp_path / "labelled.extxyz"
+    ase.io.write(path, _labelled_water())
+    (found,) = annotate(random_run((), lmax=0, n_layers=1), find_sources([path]))
+    assert found.get_potential_energy() != pytest.approx(-1.0)
+    assert set(found.calc.results) == {"energy", "forces", "dipole", "magmoms"}
+    np.testing.assert_allclose(found.get_dipole_moment(), [0.0, 0.0, 0.4])
+
+
+def test_charges_alone_leave_energies_and_forces(tmp_path):
+    path = tmp_path / "labelled.extxyz"
+    ase.io.write(path, _labelled_water())
+    (found,) = annotate(orbq.load("gfn1-metals"), find_sources([path]), charges=True)
+    assert found.get_potential_energy() == -1.0
+    np.testing.assert_allclose(found.get_forces(), 0.5)
+    assert found.get_charges().sum() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_formats_without_results_are_told(small, tmp_path):
+    given, out = tmp_path / "water.xyz", tmp_path / "water.cif"
+    ase.io.write(given, molecule("H2O", cell=(8, 8, 8), pbc=True))
+    status, text = orbq_command("predict", small, given, "--out", out)
+    assert status == 0 and "the format 'cif' holds no energies, forces or charges" in text
+    ase.io.write(given, [molecule("H2O"), molecule("CH4")])
+    status, text = orbq_command("predict", small, given, "--out", tmp_path / "POSCAR")
+    assert status == 2 and "holds one structure" in text
+    assert not list(tmp_path.glob("POSCAR*"))
+
+
+def test_a_run_twice_is_no_ensemble(small, structures, tmp_path):
+    status, text = orbq_command("predict", small, small, structures, "--out", tmp_path / "a.xyz")
+    assert status == 2 and "is named twice" in text
+    status, text = orbq_command(
+        "predict", "gfn1-metals", "gfn1-metals", structures, "--out", tmp_path / "a.xyz"
+    )
+    assert status == 2 and "gfn1-metals is named twice" in text
 
 
 def test_streams_in_chunks_with_few_compilations(tmp_path):

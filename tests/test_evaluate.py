@@ -15,7 +15,7 @@ import orbq
 from orbq import targets
 from orbq.cli import make_app
 from orbq.errors import InputError
-from orbq.evaluate import evaluate, is_own, split_rows
+from orbq.evaluate import evaluate, is_own, not_compared, split_rows
 from orbq.initial import taught_among
 from orbq.preprocess.store import Dataset
 from orbq.schema import Structure
@@ -158,6 +158,18 @@ def test_missing_labels_are_masked(run, dataset):
         evaluate(run, Dataset(dataset.path, dataset.manifest, arrays))
 
 
+def test_labels_of_another_method_are_named(run, dataset):
+    """Energies of the reference are the same; charges of another first method are not."""
+    other = Dataset(dataset.path, {**dataset.manifest, "method": "GFN2-xTB"}, dict(dataset.arrays))
+    assert "onsite" not in evaluate(run, other).values
+    assert not_compared(run, dataset) is None
+    assert "not compared: onsite" in str(not_compared(run, other))
+    with pytest.raises(
+        InputError, match="is labelled with GFN2-xTB, the run was trained on GFN1-xTB"
+    ):
+        evaluate(orbq.load("gfn1-metals"), other)
+
+
 def test_targets_must_be_predicted_by_the_run(run, dataset):
     with pytest.raises(InputError, match="'dft' cannot be evaluated"):
         evaluate(run, dataset, targets=("dft",))
@@ -182,6 +194,13 @@ def test_evaluate_writes_tables_and_pictures(trained, tmp_path):
     for name in ("", "-energy", "-forces", "-onsite", "-orbital"):
         picture = tmp_path / f"parity{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_an_earlier_evaluation_go(trained, tmp_path):
+    (tmp_path / "parity-dft.png").write_bytes(b"of another data set")
+    status, text = orbq_command("evaluate", trained, trained.parent / "data", "--out", tmp_path)
+    assert status == 0, text
+    assert not (tmp_path / "parity-dft.png").exists()
 
 
 def test_training_structures_of_another_data_set_are_told(trained, run, dataset, tmp_path):

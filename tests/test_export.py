@@ -246,6 +246,12 @@ def test_a_platform_may_be_named_alone(run, tmp_path):
         orbq.export(run, tmp_path / "out", platforms="gpu")
 
 
+def test_a_place_that_cannot_be_is_told_before_anything_is_compiled(run, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(InputError, match=r"--out .*file is a file: name another"):
+        orbq.export(run, tmp_path / "file" / "potential")
+
+
 def test_other_directories_are_not_replaced(run, tmp_path):
     (tmp_path / "precious").write_text("data")
     with pytest.raises(InputError, match="will not be replaced"):

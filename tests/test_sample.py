@@ -115,8 +115,9 @@ def test_a_stopped_sample_goes_on_to_the_same_frames(two: Path, tmp_path: Path) 
     assert out.read_bytes() == (tmp_path / "whole.extxyz").read_bytes()
 
 
-def test_a_finished_sample_given_again_is_kept(two: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.extxyz.gz"
+@pytest.mark.parametrize("name", ["out.extxyz.gz", "hot@600K.extxyz.gz"])
+def test_a_finished_sample_given_again_is_kept(two: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
     made = sample(str(two), out, SHORT)
     before = out.stat().st_mtime_ns, out.read_bytes()
     again = sample(str(two), out, SHORT)
@@ -124,7 +125,7 @@ def test_a_finished_sample_given_again_is_kept(two: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="exists and is not what this command makes"):
         sample(str(two), out, SHORT._replace(seed=1))
     assert out.read_bytes() == before[1]
-    left = tmp_path / "out.extxyz.gz.partial"  # as by a kill after the file was put in its place
+    left = tmp_path / f"{name}.partial"  # as by a kill after the file was put in its place
     left.mkdir()
     assert sample(str(two), out, SHORT) == made and not left.exists()
     damaged = bytearray(before[1])

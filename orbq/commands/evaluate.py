@@ -56,7 +56,7 @@ def evaluate(
     """
     from orbq.datasets import open_dataset
     from orbq.evaluate import evaluate as compare
-    from orbq.evaluate import is_own, split_rows
+    from orbq.evaluate import is_own, not_compared, split_rows
     from orbq.inference import open_run
     from orbq.initial import taught_among
     from orbq.preprocess.links import make_directory, refuse_links
@@ -85,6 +85,8 @@ def evaluate(
     console.print(Text(f"{run} on {dataset}, split {name}"))
     if not is_own(loaded, data) and (told := taught_among(run, data, rows)):
         console.print(Text(told, "yellow"))
+    if told := not_compared(loaded, data):
+        console.print(Text(told, "yellow"))
     show(found, console)
     metrics = place / METRICS
     metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -107,6 +109,8 @@ def draw(found: Evaluation, place: Path) -> list[Path]:
     """All parity plots on one page, and each on its own."""
     from orbq.plots import parity_figure
 
+    for old in place.glob("parity*.png"):  # of another data set or run
+        old.unlink()
     paths = [place / "parity.png"]
     parity_figure(found, paths[0])
     for name, values in found.values.items():

@@ -15,9 +15,9 @@ from rich.text import Text
 from orbq.errors import InputError
 
 if TYPE_CHECKING:
-    from orbq.annotate import Refused
+    from orbq.annotate import Refused, Writer
 
-INTERRUPTED = "The structures predicted so far are in the file beside --out that is named .partial."
+INTERRUPTED = "What was predicted so far, if anything, is in the file beside --out named .partial."
 SHOWN = 10  # structures that could not be predicted, in the summary
 
 
@@ -51,7 +51,9 @@ def predict(
 ) -> None:
     """Predict energies (eV) and forces (eV/Å) of every structure, in the order of the input.
 
-    The structures are written with all they came with; energy and forces are those predicted.
+    The structures are written with all they came with; energy and forces are those predicted,
+    in place of what followed from another energy (free energy, stress). A run that predicts
+    charges alone leaves energies and forces as they came.
     With --stress: stress [eV/Å^3] of structures that are periodic in three directions.
     With --charges: charges [e], and per atom orbital_charges (s, s', p x y z, d in e3nn's order)
     and shell_charges (s, s', p, d). Total charge and spin multiplicity are read from the input
@@ -73,8 +75,10 @@ def predict(
     from orbq.ensemble import Ensemble
     from orbq.inference import open_run
     from orbq.preprocess.frames import find_sources
+    from orbq.run_plots import names_of
 
     directories, inputs = _split(run, inputs)
+    names_of(directories)  # refuses a run that is named twice
     sources = find_sources(inputs)
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} exists: name another file, or replace it with --overwrite")
@@ -91,14 +95,14 @@ def predict(
                 writer.write(item)
             bar.update(task, state=_state(writer.count, len(refused)))
         writer.finish()
-    _summarise(out, writer.count, refused)
+    _summarise(writer, refused)
 
 
 def _split(run: Path, rest: list[str]) -> tuple[list[Path], list[str]]:
     """The runs and the files. Raises InputError when no file is among them."""
-    from orbq.run_files import RUN_FILE
+    from orbq.run_files import RUN_FILE, run_directory
 
-    runs = [run, *(Path(text) for text in rest if (Path(text) / RUN_FILE).is_file())]
+    runs = [run, *(Path(text) for text in rest if (run_directory(text) / RUN_FILE).is_file())]
     files = [text for text in rest if Path(text) not in runs[1:]]
     if not files:
         raise InputError(f"{', '.join(map(str, runs))}: only runs; name the structure files too")
@@ -120,8 +124,9 @@ def _state(written: int, refused: int) -> str:
     return f"{written:,} structures{left_out}"
 
 
-def _summarise(out: Path, written: int, refused: list[Refused]) -> None:
+def _summarise(writer: Writer, refused: list[Refused]) -> None:
     """Say what was written and what was left out, and why. Raises InputError if that was all."""
+    out, written = writer.path, writer.count
     console = Console(highlight=False, soft_wrap=True)
     listed = out.with_name(out.name + ".failures.jsonl")
     listed.unlink(missing_ok=True)  # of an earlier command
@@ -136,3 +141,11 @@ def _summarise(out: Path, written: int, refused: list[Refused]) -> None:
     if not written:
         raise InputError(f"none of the {len(refused):,} structures could be predicted")
     console.print(Text(f"{out}: {_state(written, len(refused))}"))
+    if not writer.keeps:
+        console.print(
+            Text(
+                f"the format {writer.format!r} holds no energies, forces or charges, only the "
+                "structures: for what was predicted name a file that ends in .extxyz, .traj or .db",
+                "yellow",
+            )
+        )

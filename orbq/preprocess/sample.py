@@ -128,10 +128,15 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out {out}: name a file that ends in .extxyz (or .extxyz.gz)")
 
 
+def _frames_of(out: Path) -> Iterator[Atoms]:
+    found: Iterator[Atoms] = iread(str(out), index=":", do_not_split_by_at_sign=True)
+    return found
+
+
 def _finished(out: Path, identity: dict[str, Any]) -> tuple[int, int]:
     """Frames and trajectories of a sample that this very call has made before."""
     try:
-        found = [(frame.info[MADE_BY], frame.info["trajectory"]) for frame in iread(out)]
+        found = [(frame.info[MADE_BY], frame.info["trajectory"]) for frame in _frames_of(out)]
     except Exception:  # whatever a file of others, or a damaged one, may raise: it is not ours
         found = []
     if {made_by for made_by, _ in found} != {_digest(identity)}:
