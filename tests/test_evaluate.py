@@ -164,9 +164,7 @@ def test_labels_of_another_method_are_named(run, dataset):
     assert "onsite" not in evaluate(run, other).values
     assert not_compared(run, dataset) is None
     assert "not compared: onsite" in str(not_compared(run, other))
-    with pytest.raises(
-        InputError, match="is labelled with GFN2-xTB, the run was"
-    ):
+    with pytest.raises(InputError, match="is labelled with GFN2-xTB, the run was"):
         evaluate(orbq.load("gfn1-metals"), other)
 
 
