@@ -12,8 +12,10 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.extxyz import key_val_str_to_dict
 
 from orbq.errors import InputError
+from orbq.preprocess.comment import texts
 from orbq.preprocess.frames import Source, find_sources
 from orbq.preprocess.read import FIRST_FOUND, Failure, Keys, Reader, read_structures
 from orbq.schema import Structure
@@ -229,6 +231,66 @@ def test_a_group_for_each_atom_is_no_group_of_the_structure(tmp_path: Path) -> N
     assert one(write(tmp_path / "a.xyz", text)).group == ""
     with pytest.raises(InputError, match=r"'group' is a value for each atom.*--group-key"):
         list(read_structures([tmp_path / "a.xyz"], Keys(group="group")))
+
+
+@pytest.mark.parametrize("key", ["", "group"])
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        *((text, text) for text in ("F", "T", "True", "FALSE", "007", "1e5", "-1.50", "nan")),
+        *((f'"{text}"', text) for text in ("F", "007", "1 2", "T F")),
+        ("{F}", "F"),
+        (" F", "F"),
+        ("F=C", "F=C"),
+        (r"F/C=C\\F", r"F/C=C\F"),
+        (r'"_JSON \"F\""', "F"),
+    ],
+)
+def test_a_group_keeps_its_text(tmp_path: Path, written: str, name: str, key: str) -> None:
+    """F is hydrogen fluoride in SMILES: no truth, and no number without its zeros."""
+    path = write(tmp_path / "a.xyz", water(f"energy=-1 group={written} charge=0"))
+    assert one(path, Keys(group=key or None)).group == name
+
+
+def test_a_bare_word_or_nothing_is_no_group(tmp_path: Path) -> None:
+    for comment in ("group charge=1", "charge=1 group", "charge=1 group="):
+        path = write(tmp_path / "a.xyz", water(comment))
+        reader = Reader(find_sources([path]))
+        (found,) = reader
+        assert isinstance(found, Structure) and found.group == "" and found.total_charge == 1
+        assert not reader.names_used["group"]
+        with pytest.raises(InputError, match="group key 'group' has no value, in every structure"):
+            one(path, Keys(group="group"))
+
+
+def test_a_truth_in_a_trajectory_is_no_group_and_is_told(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.traj", Atoms("He", info={"group": False}))
+    reader = Reader(find_sources([tmp_path / "a.traj"]))
+    (found,) = reader
+    assert isinstance(found, Structure) and found.group == ""
+    assert reader.names_used["group"] == {"group (true or false, left out)": 1}
+    with pytest.raises(InputError, match="group key 'group' has no value"):
+        one(tmp_path / "a.traj", Keys(group="group"))
+
+
+def test_comment_lines_are_split_as_ase_splits_them() -> None:
+    rng = np.random.default_rng(0)
+    checked = 0
+    for _ in range(5000):
+        line = "".join(rng.choice(list("ab== \t\\\"'{}[]TF1.,"), rng.integers(1, 14)))
+        try:
+            read = key_val_str_to_dict(line)
+        except (IndexError, ValueError):  # it begins with "="
+            continue
+        written = texts(line)
+        assert written.keys() <= read.keys()
+        for key, value in read.items():
+            if key not in written:
+                assert value is True, line
+            elif isinstance(value, str):
+                assert value == written[key], line
+                checked += 1
+    assert checked > 500
 
 
 def test_a_byte_order_mark_is_no_text_and_another_encoding_is_named(tmp_path: Path) -> None:

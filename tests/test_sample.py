@@ -20,9 +20,11 @@ from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.preprocess import supervise
 from orbq.preprocess.label import preprocess
+from orbq.preprocess.read import Keys, read_structures
 from orbq.preprocess.sample import sample
 from orbq.preprocess.schedule import Resources
 from orbq.preprocess.trajectory import Sampling
+from orbq.schema import Structure
 from tests import faulty_worker
 
 SHORT = Sampling((300.0, 900.0), trajectories=3, frames=3, every=3.0, before=5.0)
@@ -67,6 +69,23 @@ def test_a_sample_is_a_data_set_without_reference_labels(two: Path, tmp_path: Pa
         atoms.info["total_charge"] for atoms in frames
     )
     assert not (tmp_path / "out.extxyz.partial").exists()
+
+
+NAMES = (
+    *("F", "T", "True", "007", "1e5", r"F/C=C\F", "a b", 'a"b', "é", "[O]", "{x}", "1 2", "nan"),
+    *("a=", "=a", "a\\", r"\"", "'", " ", "a\tb", "a b\nc", "_JSON 1", "_JSON x", "ammonium"),
+)
+
+
+def test_names_of_groups_are_those_of_the_input(tmp_path: Path) -> None:
+    """What is held out is told by them."""
+    helium = [Atoms("He", [[0.0, 0.0, 0.0]], info={"group": name}) for name in NAMES]
+    ase.io.write(tmp_path / "in.traj", helium)
+    out = tmp_path / "out.extxyz"
+    sample([tmp_path / "in.traj"], out, SHORT._replace(trajectories=len(NAMES), frames=1))
+    assert sorted(atoms.info["group"] for atoms in read(out)) == sorted(NAMES)
+    items = list(read_structures([out], Keys(group="group")))
+    assert sorted(s.group for s in items if isinstance(s, Structure)) == sorted(NAMES)
 
 
 def test_a_trajectory_is_that_of_ase_with_tblite(two: Path, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def evaluate(
     console.print(Text(f"{run} on {dataset}, split {name}"))
     if not is_own(loaded, data) and (told := taught_among(run, data, rows)):
         console.print(Text(told, "yellow"))
-    if told := not_compared(loaded, data):
-        console.print(Text(told, "yellow"))
+    if lost := not_compared(loaded, data):
+        console.print(Text(lost, "yellow"))
     show(found, console)
     metrics = place / METRICS
     metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -38,11 +38,13 @@ class Source(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """One frame of a file: ``atoms`` (ase.Atoms), or None and the ``reason`` it cannot be read."""
+    """One frame of a file: ``atoms`` (ase.Atoms), or None and the ``reason`` it cannot be read.
+    comment: its comment line in (ext)xyz text."""
 
     number: int
     atoms: Any
     reason: str = ""
+    comment: str = ""
 
 
 def embedded_path(name: str) -> Path:
@@ -211,7 +213,7 @@ def _xyz_frame(source: Source, lines: _Lines, index: int) -> Frame:
     extra = _skip_to_count(lines)
     if n_found + extra != n:
         return Frame(index, None, f"line {start} promises {n} atoms, {n_found + extra} follow")
-    return _parse_xyz("".join(text), index)
+    return _parse_xyz("".join(text), index)._replace(comment=text[1])
 
 
 def _skip_to_count(lines: _Lines) -> int:

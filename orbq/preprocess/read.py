@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orbq.errors import InputError
-from orbq.preprocess import tmqm
-from orbq.preprocess.frames import Source, find_sources, read_frames
+from orbq.preprocess import comment, tmqm
+from orbq.preprocess.frames import Frame, Source, find_sources, read_frames
 from orbq.schema import Structure
 
 VIRIALS = ("REF_virial", "REF_virials", "dft_virial", "dft_virials", "virial", "virials")
@@ -61,6 +61,7 @@ MAX_INTEGER = 1_000_000  # of a charge or a multiplicity
 REJECTED, UNLABELLED = "rejected", "labels missing"
 HARTREE_NOTE = " (Hartree, converted)"
 VIRIAL_NOTE = " (divided by minus the volume)"
+TRUTH_NOTE = " (true or false, left out)"  # of a group in a database or a trajectory
 
 
 class Failure(NamedTuple):
@@ -95,7 +96,7 @@ class Reader:
     def __iter__(self) -> Iterator[Structure | Failure]:
         if self._atoms is not None:
             for index, atoms in enumerate(self._atoms):
-                yield self._structure(atoms, (0, index))
+                yield self._structure(Frame(index, atoms), 0)
         else:
             for number, source in enumerate(self.sources):
                 with tmqm.open_tables([table.path for table in source.tables]) as tables:
@@ -103,24 +104,27 @@ class Reader:
                         if frame.atoms is None:
                             yield Failure(source.name, frame.number, frame.reason)
                         else:
-                            yield self._structure(frame.atoms, (number, frame.number), tables)
+                            yield self._structure(frame, number, tables)
         self._check_demanded()
 
     def _structure(
-        self, atoms: Any, source: tuple[int, int], tables: tmqm.Tables = tmqm.NO_TABLES
+        self, frame: Frame, number: int, tables: tmqm.Tables = tmqm.NO_TABLES
     ) -> Structure | Failure:
+        atoms = frame.atoms
         try:
             values, converted = tmqm.translated(named_values(atoms), tables, results_of(atoms))
             self._names_seen |= values.keys()
             values = _without_virials(values, atoms)
             if self.keys.stress in VIRIALS and self.keys.stress not in values:
                 self._refused["stress"] = "is a virial: it needs a lattice, and six or nine values"
-            found = {field: self._find(field, values, converted) for field in DEFAULT_NAMES}
-            return _build(atoms, found, source)
+            fields = [field for field in DEFAULT_NAMES if field != "group"]
+            found = {field: self._find(field, values, converted) for field in fields}
+            found["group"] = self._group(values, frame)
+            return _build(atoms, found, (number, frame.number))
         except InputError:
             raise
         except ValueError as error:
-            return Failure(self.sources[source[0]].name, source[1], str(error))
+            return Failure(self.sources[number].name, frame.number, str(error))
 
     def _find(self, field: str, values: Mapping[str, Any], converted: Container[str]) -> Any:
         wanted = getattr(self.keys, field)
@@ -138,6 +142,15 @@ class Reader:
             return value
         return None
 
+    def _group(self, values: Mapping[str, Any], frame: Frame) -> Any:
+        """As it is written in a comment line; a truth of another format is left out, and noted."""
+        names = (self.keys.group,) if self.keys.group else DEFAULT_NAMES["group"]
+        found = self._find("group", _as_written(values, names, frame), ())
+        if found is None and not frame.comment:
+            truths = [name for name in names if isinstance(values.get(name), bool | np.bool_)]
+            self.names_used["group"].update(name + TRUTH_NOTE for name in truths)
+        return found
+
     def _check_demanded(self) -> None:
         for field, name in self.keys._asdict().items():
             if name and not self.names_used[field]:
@@ -153,9 +166,20 @@ class Reader:
                 )
 
 
+def _as_written(values: Mapping[str, Any], names: Iterable[str], frame: Frame) -> Mapping[str, Any]:
+    """The values, those of ``names`` as the comment line has them: ``007`` and not 7."""
+    read = [n for n in names if n in values and not isinstance(values[n], str)]
+    given = [n for n in read if n not in frame.atoms.arrays]
+    texts = comment.texts(frame.comment) if given else {}
+    kept = {n: texts[n] for n in given if texts.get(n)}
+    return {**values, **{n: t for n, t in kept.items() if not t.startswith(comment.JSON)}}
+
+
 def _no_value(field: str, value: Any) -> str:
     """Why a value cannot be that of the field, "" if it can."""
     if isinstance(value, bool | np.bool_):  # ASE reads a bare word of a comment line as True
+        return "has no value"
+    if field == "group" and isinstance(value, np.ndarray) and not value.size:  # nothing after "="
         return "has no value"
     if field == "group" and (isinstance(value, list | tuple) or np.ndim(value)):
         return "is a value for each atom, not one for the structure"  # as GPUMD writes it

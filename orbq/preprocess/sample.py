@@ -30,7 +30,7 @@ from ase.io.extxyz import write_xyz
 
 from orbq.errors import InputError, told_when_full
 from orbq.orbitals import METHODS
-from orbq.preprocess import store
+from orbq.preprocess import comment, store
 from orbq.preprocess.check import check
 from orbq.preprocess.frames import find_sources
 from orbq.preprocess.links import make_directory, refuse_links
@@ -266,6 +266,8 @@ def _write(out: Path, trajectories: Sequence[Trajectory], made_by: str) -> None:
     with OPENERS.get(out.suffix, open)(partial, "wt", encoding="utf-8") as file:
         for atoms in _frames(trajectories):
             atoms.info[MADE_BY] = made_by
+            if "group" in atoms.info:
+                atoms.info["group"] = comment.as_value(atoms.info["group"])
             write_xyz(file, [atoms])
     partial.replace(out)
 
