@@ -10,6 +10,7 @@ Nothing is coerced, except that a whole number may stand for a real one. Units: 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -242,7 +243,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     document, problems = overridden(read_toml(path), overrides)
     config = _validated(document, str(path), problems)
     directory = config.run.directory.replace(RUN_NAME, path.stem)
-    return config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
+    return _at_home(
+        config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
+    )
+
+
+def _at_home(config: Config) -> Config:
+    """With ``~`` of its paths as the home directory: a shell expands it in no ``key=~/...``."""
+
+    def changed(section: Any, **values: Any) -> Any:
+        return section.model_copy(update=values)
+
+    home, data = os.path.expanduser, config.data
+    return changed(
+        config,
+        run=changed(config.run, directory=home(config.run.directory)),
+        data=changed(
+            data,
+            dataset=home(data.dataset),
+            unlabelled=type(data.unlabelled)(map(home, data.unlabelled)),
+        ),
+        training=changed(config.training, initial=home(config.training.initial)),
+    )
 
 
 def parse_config(document: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from orbq import checkpoint, devices, records
+from orbq.aside import replaced
 from orbq.compiled import Counted, configure_jax
 from orbq.config import Config
 from orbq.data import TrainingData, make_packer, to_batch
@@ -163,6 +164,8 @@ class _Loop:
             self.reporter.warned(
                 f"{self.directory / STATISTICS_FILE} was lost or damaged: written again"
             )
+        if devices.is_main():
+            replaced(self.directory)
         self.reporter.started(facts)
         if (finished := self._finished()) is not None:
             return finished
@@ -191,7 +194,8 @@ class _Loop:
         except (OSError, ValueError):
             return None
         best = self.checkpoints / checkpoint.BEST
-        return summary if devices.main_decides(lambda: checkpoint.is_whole(best)) else None
+        whole = devices.main_decides(lambda: checkpoint.is_whole(best))
+        return {**summary, "directory": str(self.directory)} if whole else None
 
     def _initial_state(self) -> TrainState:
         packer = make_packer(self.data, self.stages[0].pool, self.config)
@@ -347,10 +351,12 @@ class _Loop:
         if p.nonfinite < MAX_NONFINITE:
             self.reporter.warned(f"{what}: the batch was left out; its structures are in {path}")
             return
+        good = list(checkpoint.resumable(self.checkpoints))
+        kept = f"; {self.checkpoints} keeps the last good state" if good else ""
         raise OrbqError(
             f"{what}, for the {p.nonfinite}th time in a row: lower training.learning_rate or "
-            f"training.clip_norm, or look at the structures in {path}; {self.checkpoints} keeps "
-            "the last good state"
+            "training.clip_norm (another configuration: with --overwrite or in another "
+            f"run.directory), or look at the structures in {path}{kept}"
         )
 
     def _validate(self, stage: Stage, state: TrainState, update: Update) -> None:

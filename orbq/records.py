@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from orbq import __version__
+from orbq.aside import put_aside
 from orbq.config import Config
 from orbq.config_text import differences
 from orbq.data import TrainingData
@@ -28,7 +28,7 @@ from orbq.orbitals import GFN1
 from orbq.preprocess.links import make_directory, refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
-from orbq.preprocess.store import write_atomically
+from orbq.preprocess.store import Dataset, write_atomically
 from orbq.probe import Probe
 from orbq.run_files import (
     METRICS,
@@ -95,18 +95,25 @@ def check_same_data(directory: Path, data: TrainingData) -> None:
     stored = read_description(directory)
     remedy = "bring the data set back, or start anew with --overwrite"
     for dataset, entry in zip(data.datasets, stored["data"], strict=True):
-        for name, now in dataset.manifest["arrays"].items():
-            if name not in _RECOMPUTED and now != entry["arrays"].get(name):
-                raise InputError(
-                    f"{dataset.path} has changed since {directory} was begun ({name} is another): "
-                    + remedy
-                )
+        if name := changed_array(dataset, entry["arrays"]):
+            raise InputError(
+                f"{dataset.path} has changed since {directory} was begun ({name} is another): "
+                + remedy
+            )
     method = stored["constants"].get("method", GFN1)
     if data.constants.method != method:
         raise InputError(
             f"{data.datasets[0].path} is labelled with {data.constants.method}, {directory} was "
             f"begun with {method}: {remedy}"
         )
+
+
+def changed_array(dataset: Dataset, before: Mapping[str, Any]) -> str:
+    """The first of a data set's arrays that is another than ``before``, the arrays of a manifest;
+    "" if none is. Labels that another machine computes anew are not looked at."""
+    arrays = dataset.manifest["arrays"].items()
+    changed = (n for n, now in arrays if n not in _RECOMPUTED and now != before.get(n))
+    return next(changed, "")
 
 
 def keep_statistics(directory: Path, constants: Constants) -> bool:
@@ -141,7 +148,8 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) -> bool:
     """Make sure that ``directory`` is free, or holds this very run; whether it does.
 
-    It is then ours alone until ``held_by`` is closed.
+    It is then ours alone until ``held_by`` is closed. With ``overwrite`` a run that is there is put
+    aside; it comes back then, unless it was ``replaced``.
 
     Raises InputError when something else is in it, a link out of it, or another process at work.
     """
@@ -152,10 +160,7 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
     if overwrite and held:
         if RUN_FILE not in held:
             raise InputError(f"{directory} is not a run directory: --overwrite will not delete it")
-        old = place.with_name(f"{place.name}.deleted")  # out of the way in one step
-        shutil.rmtree(old, ignore_errors=True)
-        place.rename(old)
-        shutil.rmtree(old)
+        put_aside(place, held_by)
         held = set()
     elif held and RUN_FILE not in held:
         raise InputError(f"{directory} is not empty and holds no run: choose another directory")

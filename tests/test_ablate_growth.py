@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,54 @@ def test_an_ablation_may_grow_and_ends_as_if_it_had_been_whole(
         with pytest.raises(InputError, match=rf"{key} was .*may be added to it"):
             run_ablation(config(dataset, out, ablation=wrong))
     assert read_results(out) == before
+
+
+def test_what_is_no_ablation_is_not_deleted(dataset: Path, tmp_path: Path) -> None:
+    for name, content in (("programs", None), ("results.jsonl", '{"a": 1}\n')):
+        place = tmp_path / name / "mine"
+        place.mkdir(parents=True)
+        (place / "thesis.txt").write_text("42")
+        if content:
+            (place / name).write_text(content)
+        else:
+            (place / name).mkdir()
+        before = sorted(p.name for p in place.iterdir())
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="is not empty and holds no ablation"):
+                run_ablation(config(dataset, place, ablation={}), overwrite=overwrite)
+        assert sorted(p.name for p in place.iterdir()) == before
+    place = tmp_path / "lost"  # records without the description
+    place.mkdir()
+    (place / "results.jsonl").touch()
+    with pytest.raises(InputError, match="--overwrite will not delete it"):
+        run_ablation(config(dataset, place, ablation={}), overwrite=True)
+
+
+def test_overwrite_keeps_an_ablation_until_the_new_one_stands(
+    dataset: Path, tmp_path: Path
+) -> None:
+    small = {"targets": ["shell"], "weights": [0.0], "seeds": [0]}
+    out = tmp_path / "grid"
+    records = run_ablation(config(dataset, out, ablation=small))
+    with pytest.raises(InputError, match="n_train"):
+        run_ablation(config(dataset, out, ablation={**small, "n_train": [999]}), overwrite=True)
+    assert read_results(out) == records and [p.name for p in tmp_path.iterdir()] == ["grid"]
+    again = run_ablation(config(dataset, out, ablation=small), overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["grid"] and len(again) == len(records)
+
+
+def test_other_data_under_the_same_name_are_refused(dataset: Path, tmp_path: Path) -> None:
+    """Test errors of other structures would enter the same means."""
+    place, out = tmp_path / "data", tmp_path / "grid"
+    shutil.copytree(dataset, place)
+    small = {"targets": ["shell"], "weights": [0.0], "seeds": [0]}
+    records = run_ablation(config(place, out, ablation=small))
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["arrays"]["positions"]["sha256"] = "0" * 64
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"data has changed since .*grid was begun \(positions is"):
+        run_ablation(config(place, out, ablation={**small, "seeds": [0, 1]}))
+    assert read_results(out) == records
 
 
 class _Told(Silent):

@@ -299,3 +299,17 @@ def test_configs_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().model.cutoff = 3.0  # type: ignore[misc]
     assert "nequip" in BACKBONES
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    """A shell expands ``~`` in no ``run.directory=~/mine``."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    (tmp_path / "c.toml").write_text(
+        "[data]\nunlabelled = ['~/more', 'tmc_unlabelled']\n[training]\npretrain_steps = 1\n"
+    )
+    overrides = ["run.directory=~/mine", "data.dataset=~/set", "training.initial=~/old"]
+    config = load_config(tmp_path / "c.toml", overrides)
+    assert config.run.directory == "/home/ada/mine"
+    assert config.data.dataset == "/home/ada/set"
+    assert config.data.unlabelled == ("/home/ada/more", "tmc_unlabelled")
+    assert config.training.initial == "/home/ada/old"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from orbq.commands.demo import _delete
 from orbq.demo import ARMS, Job, Result, config_of, make_jobs, spread, table
 
 
@@ -76,3 +77,15 @@ def test_a_short_demonstration_runs_and_prints_its_table(tmp_path: Path) -> None
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 5000
     document = json.loads((tmp_path / "demo" / "table.json").read_text())
     assert [row["arm"] for row in document] == ["energy-only", "multitask"]
+
+
+def test_overwrite_deletes_nothing_but_a_demonstration(tmp_path: Path) -> None:
+    for file in ("thesis.txt", "data/tmc/mine.txt", "data/tmc_unlabelled/manifest.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("42")
+    for run in ("energy-only-seed0/run.json", "notes-seed0/a.txt"):
+        (tmp_path / run).parent.mkdir()
+        (tmp_path / run).write_text("{}")
+    _delete(tmp_path)
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"thesis.txt", "data/tmc/mine.txt", "notes-seed0/a.txt"}

@@ -227,6 +227,7 @@ def test_a_loss_that_is_not_finite_is_left_out_and_recorded(data, tmp_path, bad)
         with pytest.raises(OrbqError, match=r"5th time in a row: lower .*nonfinite\.jsonl") as told:
             fit(config)
         assert told.value.exit_status == 1
+        assert "keeps the last good state" not in str(told.value)  # there is none yet
         return
     fit(config)
     lines = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
@@ -281,6 +282,20 @@ def test_overwrite_starts_anew(data, whole, tmp_path):
     (run / "metrics.jsonl").write_text("of an older run\n")
     fit(config_of(data, run), overwrite=True)
     assert_same_run(run, whole[0])
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_stands(data, whole, tmp_path):
+    run = copy_of(whole[0], tmp_path / "run")
+    wrong = config_of(data, run, data={"dataset": str(data / "mistyped")})
+    with pytest.raises(InputError, match="mistyped"):
+        fit(wrong, overwrite=True)
+    assert_same_run(run, whole[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_was_moved_names_its_place(data, whole, tmp_path):
+    run = copy_of(whole[0], tmp_path / "moved")
+    assert fit(config_of(data, run))["directory"] == str(run)
 
 
 def test_other_data_under_the_same_name_is_refused(data, whole, tmp_path):

@@ -56,15 +56,15 @@ def demo(
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=WIDTH)
-    if overwrite and (out / "data" / job.DATASET).is_dir():
-        shutil.rmtree(out.resolve())  # out may be a link, which stays
+    if overwrite:
+        _delete(out)
     refuse_links(out, "--out", [TABLE, PICTURE])
     arms = [arm for arm in job.ARMS if unlabelled or arm != "+ unlabelled"]
     extra = [f"training.n_steps={steps}"] if steps else []
     if steps:
         interval = max(steps // 10, 1)
         extra += [f"training.warmup_steps={min(100, steps)}"]
-        extra += [f"training.validate_every={interval}", f"training.checkpoint_every={steps}"]
+        extra += [f"training.validate_every={interval}", f"training.checkpoint_every={interval}"]
     console.print(Text("1. label with GFN1-xTB", "bold"))
     for name in (job.DATASET, job.UNLABELLED)[: 2 if unlabelled else 1]:
         dataset = preprocess([name], out / "data" / name)
@@ -74,6 +74,22 @@ def demo(
     with _Bars(console) as bars:
         results = job.run_jobs(jobs, workers, bars.stepped, bars.finished)
     _report(console, out, results, time.monotonic() - start)
+
+
+def _delete(out: Path) -> None:
+    """What an earlier demonstration made there, and nothing else."""
+    from orbq import demo as job
+    from orbq.run_files import RUN_FILE
+    from orbq.schema import MANIFEST
+
+    for name in (job.DATASET, job.UNLABELLED):
+        if (out / "data" / name / MANIFEST).is_file():
+            shutil.rmtree(out / "data" / name)
+    for run in out.glob("*-seed*"):
+        if (run / RUN_FILE).is_file() and not run.is_symlink():
+            shutil.rmtree(run)
+    for name in (TABLE, PICTURE):
+        (out / name).unlink(missing_ok=True)
 
 
 class _Bars:

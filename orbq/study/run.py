@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,13 @@ import jax
 import numpy as np
 
 from orbq import __version__
+from orbq.aside import put_aside, replaced
 from orbq.checkpoint import meta_of, resumable
 from orbq.compiled import configure_jax
 from orbq.config import Config
 from orbq.config_text import differences
 from orbq.data import TrainingData, make_packer, prepare, to_batch
+from orbq.datasets import open_dataset
 from orbq.devices import term_signal
 from orbq.errors import InputError, OrbqError, told_when_full
 from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
@@ -35,14 +37,14 @@ from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.links import make_directory, refuse_links
-from orbq.preprocess.store import write_atomically
+from orbq.preprocess.store import Dataset, write_atomically
+from orbq.records import changed_array
 from orbq.run_files import CHECKPOINTS
 from orbq.study.plan import Program, RunSpec, fingerprint, grown, make_plan
 from orbq.study.program import Training, Unwatched, Watcher
 from orbq.study.report import DESCRIPTION, recorded_config
 
 RESULTS, PROGRAMS = "results.jsonl", "programs"
-_OWN = {DESCRIPTION, RESULTS, PROGRAMS}
 _COPIES = 8  # arrays of the parameters' size a run keeps: state, moments, best, gradient, update
 _SHARE = 0.5  # of the device's memory that the estimate may fill
 
@@ -66,10 +68,10 @@ def run_ablation(
 ) -> list[dict[str, Any]]:
     """Train every run of the [ablation] table that has no record yet; all records.
 
-    overwrite: delete the records and start anew. Raises InputError when the directory holds
-    something else, a link out of it, or an ablation of another configuration, and for a
-    training.initial that the runs cannot begin from; PreemptedError after SIGTERM (a checkpoint is
-    written).
+    overwrite: delete the records, once the first program is made, and start anew. Raises InputError
+    when the directory holds something else, a link out of it, or an ablation of another
+    configuration, and for a training.initial that the runs cannot begin from; PreemptedError after
+    SIGTERM (a checkpoint is written).
     """
     configure_jax(config)
     reporter, directory = reporter or Silent(), Path(config.run.directory)
@@ -91,7 +93,9 @@ def _train(
     reporter.planned(pending, len(done))
     for program in pending:
         place = directory / PROGRAMS / program.name
-        records = Training(program, place, reporter, asked=asked).run()
+        training = Training(program, place, reporter, asked=asked)
+        replaced(directory)
+        records = training.run()
         where = provenance()
         records = [record | {"provenance": where} for record in records]
         _append(directory / RESULTS, records)
@@ -169,15 +173,18 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
     is then ours alone until ``held_by`` is closed."""
     place = directory.resolve()  # it may be a link, which stays
     held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    if held and not held & _OWN:
+    if held and DESCRIPTION not in held and not _holds_records(directory):
         raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
     if held:
         held_by.enter_context(alone_in(place))
     if overwrite and held:
-        shutil.rmtree(place)
+        if DESCRIPTION not in held:
+            raise InputError(f"{directory} holds no {DESCRIPTION}: --overwrite will not delete it")
+        put_aside(place, held_by)
         held = set()
     refuse_links(directory, "run.directory")
     own = fingerprint(config)
+    datasets = [open_dataset(name) for name in (config.data.dataset, *config.data.unlabelled)]
     if DESCRIPTION in held:
         try:
             before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
@@ -185,6 +192,7 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
             raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
         if before.get("fingerprint") != own:
             _check_grown(directory, config)
+        _check_data(directory, datasets, before.get("data"))
     if not held:
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
@@ -192,8 +200,17 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
         "orbq_version": __version__,
         "fingerprint": own,
         "config": json.loads(config.model_dump_json()),
+        "data": [dataset.manifest["arrays"] for dataset in datasets],
     }
     write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
+
+
+def _holds_records(directory: Path) -> bool:
+    """Whether a directory without a description is that of an ablation that lost it."""
+    try:
+        return (directory / RESULTS).is_file() and all(map(spec_of, read_results(directory)))
+    except (InputError, KeyError, TypeError):
+        return False
 
 
 def _check_grown(directory: Path, config: Config) -> None:
@@ -209,6 +226,19 @@ def _check_grown(directory: Path, config: Config) -> None:
         "run.directory, or start anew with --overwrite (which deletes it). Seeds, weights, sizes "
         "and targets may be added to it, after those that are there"
     )
+
+
+def _check_data(
+    directory: Path, datasets: Iterable[Dataset], before: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Refuse to go on with other structures or labels. before: the arrays of the data sets that it
+    was begun with, None in an ablation that did not write them down."""
+    for dataset, arrays in zip(datasets, before or (), strict=False):
+        if name := changed_array(dataset, arrays):
+            raise InputError(
+                f"{dataset.path} has changed since {directory} was begun ({name} is another): "
+                "bring the data set back, or start anew with --overwrite"
+            )
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
