@@ -57,14 +57,16 @@ def ablate(
     from orbq.compiled import configure_jax
     from orbq.config import load_config
     from orbq.study.report import recorded_config, write_report
-    from orbq.study.run import pending_programs, read_results, run_ablation
+    from orbq.study.run import check_continues, pending_programs, read_results, run_ablation
 
     settings = load_config(config, overrides or [])
     console = Console(highlight=False)
     directory = Path(settings.run.directory)
     if plan:
         configure_jax(settings)
-        done = read_results(directory)
+        if not overwrite:
+            check_continues(directory, settings)
+        done = [] if overwrite else read_results(directory)
         show_plan(pending_programs(settings, done), len(done), console)
         return
     if report:

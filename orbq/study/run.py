@@ -196,6 +196,19 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
     write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
 
 
+def check_continues(directory: Path, config: Config) -> None:
+    """Refuse a directory with an ablation of another configuration, as ``run_ablation`` does;
+    nothing is changed."""
+    try:
+        before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
+    if before.get("fingerprint") != fingerprint(config):
+        _check_grown(directory, config)
+
+
 def _check_grown(directory: Path, config: Config) -> None:
     """Refuse to go on with an ablation as another one, unless its table has only grown."""
     before, told = recorded_config(directory), ""
