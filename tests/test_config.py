@@ -304,9 +304,8 @@ def test_configs_are_immutable() -> None:
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     """A shell expands ``~`` in no ``run.directory=~/mine``."""
     monkeypatch.setenv("HOME", "/home/ada")
-    (tmp_path / "c.toml").write_text(
-        "[data]\nunlabelled = ['~/more', 'tmc_unlabelled']\n[training]\npretrain_steps = 1\n"
-    )
+    more = "[data]\nunlabelled = ['~/more', 'tmc_unlabelled']\n[training]\npretrain_steps = 1\n"
+    (tmp_path / "c.toml").write_text(more + "[loss.weights]\nonsite = 1.0\n")
     overrides = ["run.directory=~/mine", "data.dataset=~/set", "training.initial=~/old"]
     config = load_config(tmp_path / "c.toml", overrides)
     assert config.run.directory == "/home/ada/mine"

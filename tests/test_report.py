@@ -249,6 +249,33 @@ def test_report_alone_trains_nothing(
     assert ended.value.code == 2 and "leave one out" in capsys.readouterr().err
 
 
+def test_a_plan_for_the_directory_of_another_ablation_is_refused(
+    records: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the training is; one that has grown, or is to be deleted, has a plan. Nothing changes."""
+    run = write(tmp_path / "run", records[:20])
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    (tmp_path / "c.toml").write_text(config().model_dump_toml())
+    command = ["ablate", str(tmp_path / "c.toml"), f"run.directory={run}", "--plan"]
+    command.append("ablation.max_runs_per_program=20")
+    for more, status, told in (
+        ([], 0, "2 programs, 40 runs, 200,000 steps in all; 20 runs are finished"),
+        (["ablation.seeds=[0,1,2,3,4,5]"], 0, "20 runs are finished"),
+        (["ablation.seeds=[0]"], 2, "ablation.seeds was [0, 1, 2, 3, 4], is [0]): choose another"),
+        (["ablation.seeds=[0]", "--overwrite"], 0, "12 runs, 60,000 steps in all"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *more])
+        out, err = capsys.readouterr()
+        assert ended.value.code == status and told in " ".join((err or out).split()), out + err
+        assert "finished" not in out or "--overwrite" not in more
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    (run / DESCRIPTION).write_text("{")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "ablation.json is damaged" in capsys.readouterr().err
+
+
 def test_nothing_to_report_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished program yet"):
         write_report(tmp_path, [])

@@ -57,14 +57,16 @@ def ablate(
     from orbq.compiled import configure_jax
     from orbq.config import load_config
     from orbq.study.report import recorded_config, write_report
-    from orbq.study.run import pending_programs, read_results, run_ablation
+    from orbq.study.run import check_continues, pending_programs, read_results, run_ablation
 
     settings = load_config(config, overrides or [])
     console = Console(highlight=False)
     directory = Path(settings.run.directory)
     if plan:
         configure_jax(settings)
-        done = read_results(directory)
+        if not overwrite:
+            check_continues(directory, settings)
+        done = [] if overwrite else read_results(directory)
         show_plan(pending_programs(settings, done), len(done), console)
         return
     if report:
@@ -161,11 +163,13 @@ class Display:
     def finished(self, program: Program, records: list[dict[str, Any]]) -> None:
         """One line per finished program, and the report of everything so far."""
         self.before += n_steps(program) * len(program.runs)
-        errors = [record["test"]["energy_mae_meV"] for record in records]
-        self.console.print(
-            f"{program.name}: {len(records)} runs in {records[0]['program_seconds']:.0f} s, "
-            f"test energy MAE {min(errors):.1f} to {max(errors):.1f} meV"
-        )
+        errors = [r["test"]["energy_mae_meV"] for r in records if not r["diverged"]]
+        told = f"{program.name}: {len(records)} runs in {records[0]['program_seconds']:.0f} s"
+        if errors:
+            told += f", test energy MAE {min(errors):.1f} to {max(errors):.1f} meV"
+        if lost := len(records) - len(errors):
+            told += f", {lost} of them diverged"
+        self.console.print(told)
         self.report()
 
     def report(self) -> None:

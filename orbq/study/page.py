@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from orbq.equivalence import LEVEL, factor_text
+from orbq.fit import MAX_NONFINITE
 from orbq.study.pictures import Picture
 from orbq.study.plan import BASELINE, make_plan
 from orbq.study.report import (
@@ -136,8 +137,9 @@ def _progress(result: Result) -> str:
             f"{r['arm']} weight {r['weight']:g} seed {r['seed']} N={r['n_train']}" for r in lost
         )
         told.append(
-            f"{len(lost)} of {len(result.records)} runs diverged (no validation error was finite) "
-            f"and count as infinite: {names}."
+            f"{len(lost)} of {len(result.records)} runs diverged (no validation error was finite, "
+            f"or {MAX_NONFINITE} losses or gradients in a row were not) and count as infinite: "
+            f"{names}."
         )
     if not told:
         return f"<p>All {len(result.records)} runs finished; none diverged.</p>"

@@ -19,16 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbq import checkpoint
-from orbq.ablate import (
-    Selection,
-    grid,
-    keep_best,
-    over_params,
-    over_runs,
-    start_selection,
-)
+from orbq.ablate import Selection, grid, keep_best, over_params, over_runs, start_selection
 from orbq.data import TrainingData, make_packer, to_batch
 from orbq.errors import InputError, OrbqError, PreemptedError
+from orbq.fit import MAX_NONFINITE
 from orbq.initial import prepare_from, started_from
 from orbq.losses import Batch
 from orbq.metrics import add_sums, from_sums
@@ -64,8 +58,10 @@ class Place:
     """Where a program is, beside its arrays; JSON in every checkpoint.
 
     runs: what trains in it. stage: index. step: updates made in it. epoch, batch: the next batch.
-    loss_sums [R], counted: training loss since the last validation. curve: per validation, the
-    step, its errors [R] in meV and mean training losses [R]. seconds, cpu_seconds: spent so far.
+    loss_sums [R], counted: training loss since the last validation; left_out [R]: of the counted
+    steps, those whose loss or gradient was not finite; nonfinite [R]: so many of them in a row, up
+    to here. curve: per validation, the step, its errors [R] in meV and mean training losses [R],
+    None where all were left out. seconds, cpu_seconds: spent so far.
     """
 
     runs: list[list[Any]]
@@ -77,7 +73,22 @@ class Place:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     loss_sums: list[float] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    nonfinite: list[int] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def count(self, losses: np.ndarray, norms: np.ndarray, stopped: np.ndarray) -> None:
+        """Add a step's losses and gradient norms [R]. stopped [R]: runs that ended before it."""
+        nothing, lost = [0] * len(self.runs), self.diverged()
+        fine, row = np.isfinite(losses) & np.isfinite(norms), np.asarray(self.nonfinite or nothing)
+        self.loss_sums = (np.where(fine, losses, 0) + (self.loss_sums or nothing)).tolist()
+        self.left_out = (np.asarray(self.left_out or nothing) + ~fine).tolist()
+        self.nonfinite = np.where(lost | stopped, row, np.where(fine, 0, row + 1)).tolist()
+        self.counted += 1
+
+    def diverged(self) -> np.ndarray:
+        """Which runs [R] ``orbq train`` would have given up, once and for all."""
+        return np.asarray(self.nonfinite or [0] * len(self.runs)) >= MAX_NONFINITE
 
 
 def _require_energies(data: TrainingData) -> None:
@@ -146,7 +157,8 @@ class Training:
                 self.state = self._spread(next_stage(self.state))
                 p = self.place
                 p.stage, p.step, p.epoch, p.batch = index, 0, 0, 0
-                p.counted, p.loss_sums = 0, []
+                p.counted, p.loss_sums, p.left_out = 0, [], []
+                p.nonfinite = np.where(p.diverged(), p.nonfinite or 0, 0).tolist()
             self._run_stage(self.stages[index], self.steps[index])
         records = self._records()
         if self.checkpoints:
@@ -204,7 +216,7 @@ class Training:
         training, p = self.program.config.training, self.place
         hyper = self._hyper(stage)
         choosing = stage is self.stages[-1]
-        pending: list[jax.Array] = []
+        pending: list[tuple[jax.Array, jax.Array]] = []
         batches: Any = prefetch(self._batches(stage), 2)
         try:
             for epoch, number, batch in batches:
@@ -219,7 +231,7 @@ class Training:
                         "go on"
                     )
                 self.state, metrics = step(self.state, batch, hyper)
-                pending.append(metrics["loss"])
+                pending.append((metrics["loss"], metrics["gradient_norm"]))
                 p.step, p.epoch, p.batch = p.step + 1, epoch, number + 1
                 last = p.step == stage.n_steps
                 validating = choosing and (last or p.step % training.validate_every == 0)
@@ -264,13 +276,12 @@ class Training:
 
     # ------------------------------------------------------------------ records
 
-    def _settle(self, pending: list[jax.Array]) -> None:
-        """Take the waiting losses from the device."""
-        p = self.place
-        for losses in jax.device_get(pending):
-            sums = np.asarray(p.loss_sums) if p.loss_sums else np.zeros(len(self.runs))
-            p.loss_sums = (sums + losses).tolist()
-            p.counted += 1
+    def _settle(self, pending: list[tuple[jax.Array, jax.Array]]) -> None:
+        """Take the waiting losses and gradient norms from the device."""
+        p, patience = self.place, self.program.config.training.patience
+        stopped = (np.asarray(self.selection.stale) >= patience) & (patience > 0)
+        for losses, norms in jax.device_get(pending):
+            p.count(losses, norms, stopped)
         pending.clear()
         before = sum(stage.n_steps for stage in self.stages[: p.stage])
         self.watcher.stepped(self.program, before + p.step, self.n_steps)
@@ -283,9 +294,10 @@ class Training:
         self.selection = self.keep_best(
             self.selection, self.state.ema, jnp.asarray(found, self.selection.error.dtype), *steps
         )
-        losses = [x / max(p.counted, 1) for x in p.loss_sums]
+        left = [p.counted - n for n in p.left_out]
+        losses = [x / n if n else None for x, n in zip(p.loss_sums, left, strict=True)]
         p.curve.append({"step": p.step, "validation": found.tolist(), "loss": losses})
-        p.loss_sums, p.counted = [], 0
+        p.loss_sums, p.left_out, p.counted = [], [], 0
         self.watcher.validated(self.program, p.step, found[: len(self.program.runs)])
 
     def _stopped(self, patience: int) -> bool:
@@ -316,17 +328,19 @@ class Training:
         return self.place.seconds + wall, self.place.cpu_seconds + cpu
 
     def _records(self) -> list[dict[str, Any]]:
-        best = self.selection.params
-        validation, test = (self.errors(best, part) for part in ("validation", "test"))
-        steps, found = np.asarray(self.selection.step), np.asarray(self.selection.error)
+        kept = self.selection
+        steps, found = np.asarray(kept.step), np.asarray(kept.error)
+        validation, test = (self.errors(kept.params, part) for part in ("validation", "test"))
+        lost = self.place.diverged() | ~np.isfinite(found)
+        for r in np.flatnonzero(lost).tolist():  # what is kept of them is no result
+            validation[r], test[r] = (dict.fromkeys(part[r], np.nan) for part in (validation, test))
         seconds, cpu = self._spent()
-        n, n_train = len(self.program.runs), len(self.data.pools["train"])
-        records = []
+        n_train, records = len(self.data.pools["train"]), []
         for r, run in enumerate(self.program.runs):
             curve = {
                 "step": [point["step"] for point in self.place.curve],
                 "validation": [round(point["validation"][r], 4) for point in self.place.curve],
-                "loss": [float(f"{point['loss'][r]:.5g}") for point in self.place.curve],
+                "loss": [_written(point["loss"][r]) for point in self.place.curve],
             }
             records.append(
                 {
@@ -335,7 +349,7 @@ class Training:
                     "target": None if run.weight == 0 else run.arm,
                     "n_train": n_train,
                     "asked": run.n_train,
-                    "diverged": not bool(np.isfinite(found[r])),
+                    "diverged": bool(lost[r]),
                     "best_step": int(steps[r]),
                     "steps": sum(s.n_steps for s in self.stages[:-1]) + self.place.step,
                     "validation": validation[r],
@@ -343,7 +357,7 @@ class Training:
                     "n_test": len(self.data.pools["test"]),
                     "program_seconds": round(seconds, 2),
                     "program_cpu_seconds": round(cpu, 2),
-                    "program_runs": n,
+                    "program_runs": len(self.program.runs),
                     "curve": curve,
                 }
             )
@@ -358,6 +372,11 @@ def _rows(found: Path, stored: list[list[Any]], runs: list[RunSpec]) -> list[int
         raise OrbqError(f"checkpoint {found} is of other runs") from error
 
 
+def _written(loss: float | None) -> float | None:
+    """A mean loss to five digits; None where it is not finite."""
+    return None if loss is None or not np.isfinite(loss) else float(f"{loss:.5g}")
+
+
 def _of_rows(place: Place, rows: list[int]) -> Place:
     """The place of some runs of a program: on other devices it is filled up with other copies."""
 
@@ -369,6 +388,8 @@ def _of_rows(place: Place, rows: list[int]) -> Place:
         place,
         runs=chosen(place.runs),
         loss_sums=chosen(place.loss_sums),
+        left_out=chosen(place.left_out),
+        nonfinite=chosen(place.nonfinite),
         curve=[point | {name: chosen(point[name]) for name in lists} for point in place.curve],
     )
 

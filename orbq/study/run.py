@@ -183,26 +183,38 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
         put_aside(place, held_by)
         held = set()
     refuse_links(directory, "run.directory")
-    own = fingerprint(config)
     datasets = [open_dataset(name) for name in (config.data.dataset, *config.data.unlabelled)]
-    if DESCRIPTION in held:
-        try:
-            before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
-        if before.get("fingerprint") != own:
-            _check_grown(directory, config)
-        _check_data(directory, datasets, before.get("data"))
+    if held:
+        check_continues(directory, config)
+        _check_data(directory, datasets, _description(directory).get("data"))
     if not held:
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     document = {
         "orbq_version": __version__,
-        "fingerprint": own,
+        "fingerprint": fingerprint(config),
         "config": json.loads(config.model_dump_json()),
         "data": [dataset.manifest["arrays"] for dataset in datasets],
     }
     write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
+
+
+def check_continues(directory: Path, config: Config) -> None:
+    """Refuse a directory with an ablation of another configuration, as ``run_ablation`` does;
+    nothing is changed."""
+    described = _description(directory)
+    if described and described.get("fingerprint") != fingerprint(config):
+        _check_grown(directory, config)
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    """What an ablation wrote of itself; nothing where there is none."""
+    try:
+        return dict(json.loads((directory / DESCRIPTION).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{directory / DESCRIPTION} is damaged: {error}") from error
 
 
 def _holds_records(directory: Path) -> bool:
