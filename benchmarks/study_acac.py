@@ -1,7 +1,7 @@
 """One molecule from 50 and 100 configurations with forces: what GFN1-xTB labels bring.
 
     python benchmarks/study_acac.py --work DIRECTORY [--n 50 100] [--seeds 0 1 2] [--arms ARM ...]
-    python benchmarks/study_acac.py --report
+    python benchmarks/study_acac.py --report [--steps 24000]
 
 Acetylacetone, or with --molecule 3bpa another one, with the settings found for the former.
 DIRECTORY holds the data sets `train`, `test` and `xtb` as configs/acac.toml and acac_gfn1.toml say
@@ -89,18 +89,18 @@ def errors(run: orbq.Run, work: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith(("energy_", "forces_"))}
 
 
-def report(results: Path) -> None:
-    """Means and changes of what is recorded, by configurations, arm and rate."""
+def report(results: Path, steps: int) -> None:
+    """Means and changes of what is recorded of so many steps, by configurations, arm and rate."""
     for label, unit in (("energy_rmse_meV", "meV"), ("forces_rmse_meV_per_A", "meV/Å")):
         found: dict[tuple[int, str, float], Errors] = defaultdict(dict)
         for line in results.read_text(encoding="utf-8").splitlines():
             r = json.loads(line)
-            if (r.get("energy_weight"), r["steps"]) == (ENERGY, STEPS):
+            if (r.get("energy_weight"), r["steps"]) == (ENERGY, steps):
                 found[r["n"], r["arm"], r["rate"]][r["seed"], 0] = r["test"][label]
         for (n, arm, rate), errors in sorted(found.items()):
             base = {k: e for k, e in found[n, "energy-only", RATE].items() if k in errors}
             told = f"{n}, {arm}, rate {rate:g}, {len(errors)} runs: {mean(errors):.2f} {unit}"
-            if arm != "energy-only":
+            if arm != "energy-only" and base:
                 told += f" against {mean(base):.2f}, {change_text(change(errors, base)[0])}"
             if arm == "mean-first":
                 other = change(errors, found[n, "gfn1-first", rate])[0]
@@ -122,7 +122,7 @@ def main() -> None:
     given = parser.parse_args()
     results = RESULTS / f"{given.molecule}_sizes.jsonl"
     if given.report:
-        return report(results)
+        return report(results, given.steps)
     if given.work is None:
         parser.error("--work: the directory of data and runs is needed to train")
     lines = results.read_text().splitlines() if results.exists() else []
