@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,20 @@ def run_directory(path: str | Path) -> Path:
     if str(path) in EMBEDDED and not (Path(path) / RUN_FILE).exists():
         return Path(str(files("orbq"))) / "data" / "networks" / str(path)
     return Path(path)
+
+
+def names_of(directories: Sequence[str | Path]) -> list[str]:
+    """A short name for every run: the fewest last parts of its path that tell it from the others.
+
+    Raises InputError for a run that is named twice.
+    """
+    parts = [Path(d).resolve().parts for d in directories]
+    if twice := [str(d) for d, p in zip(directories, parts, strict=True) if parts.count(p) > 1]:
+        raise InputError(f"{twice[0]} is named twice: name every run once")
+    n = 1
+    while len({p[-n:] for p in parts}) < len(parts):
+        n += 1
+    return ["/".join(p[-n:]) for p in parts]
 
 
 def stored_config(directory: Path, info: Mapping[str, Any] | None = None) -> Config:

@@ -38,20 +38,6 @@ def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return (runs, others) if runs else (list(paths), [])
 
 
-def names_of(directories: Sequence[str | Path]) -> list[str]:
-    """A short name for every run: the fewest last parts of its path that tell it from the others.
-
-    Raises InputError for a run that is named twice.
-    """
-    parts = [Path(d).resolve().parts for d in directories]
-    if twice := [str(d) for d, p in zip(directories, parts, strict=True) if parts.count(p) > 1]:
-        raise InputError(f"{twice[0]} is named twice: name every run once")
-    n = 1
-    while len({p[-n:] for p in parts}) < len(parts):
-        n += 1
-    return ["/".join(p[-n:]) for p in parts]
-
-
 # --------------------------------------------------------------------------- learning curves
 
 

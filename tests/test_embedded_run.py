@@ -78,6 +78,12 @@ def test_files_get_its_charges_and_no_energy(run: orbq.Run, tmp_path: Path) -> N
     source = find_sources([str(tmp_path / "one.extxyz")])
     (found,) = annotate(run, source, charges=True)
     assert found.arrays["orbital_charges"].shape == (len(atoms), 10)
+    came = ase.io.read(tmp_path / "one.extxyz")  # its energy and forces are DFT's still
+    assert found.get_potential_energy() == came.get_potential_energy()
+    np.testing.assert_array_equal(found.get_forces(), came.get_forces())
+    bare = ase.Atoms(atoms.numbers, atoms.positions, info={"charge": atoms.info["charge"]})
+    ase.io.write(tmp_path / "bare.extxyz", bare)
+    (found,) = annotate(run, find_sources([str(tmp_path / "bare.extxyz")]), charges=True)
     assert "energy" not in found.calc.results
     with pytest.raises(InputError, match="neither energies nor forces"):
         next(annotate(run, source))

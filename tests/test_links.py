@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orbq import records
+from orbq.aside import replaced
 from orbq.cli import make_app
 from orbq.config import Config, parse_config
 from orbq.errors import InputError
@@ -166,6 +167,7 @@ def test_a_directory_that_is_a_link_stays_one_when_it_is_overwritten(tmp_path, c
     (disk / "old").write_text("")
     with ExitStack() as held:
         take(directory, config, True, held)
+        replaced(directory)
     assert directory.readlink() == disk
     assert {path.name for path in disk.iterdir()} <= {study.DESCRIPTION}
     assert [path.name for path in disk.parent.iterdir()] == ["here"]

@@ -16,7 +16,8 @@ from orbq.errors import InputError
 from orbq.evaluate import evaluate
 from orbq.inference import open_run
 from orbq.preprocess.label import Resources, preprocess
-from orbq.run_plots import names_of, own_dataset, parity_comparison
+from orbq.run_files import names_of
+from orbq.run_plots import own_dataset, parity_comparison
 
 
 @pytest.fixture(scope="module")

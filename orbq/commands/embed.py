@@ -82,7 +82,7 @@ def embed(
     from orbq.evaluate import split_rows
     from orbq.inference import open_run
     from orbq.preprocess.links import make_directory, refuse_links
-    from orbq.run_plots import names_of
+    from orbq.run_files import names_of
 
     if len(runs) < 2:
         raise InputError("name at least one run and then the data set: orbq embed RUN... DATASET")

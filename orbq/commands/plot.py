@@ -58,10 +58,10 @@ def plot(
     """
     from orbq.plots import learning_curve_figure
     from orbq.preprocess.links import make_directory, refuse_links
+    from orbq.run_files import names_of
     from orbq.run_plots import (
         curves_csv,
         labels_of,
-        names_of,
         parity_comparison,
         parity_csv,
         progress_of,

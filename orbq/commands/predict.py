@@ -75,7 +75,7 @@ def predict(
     from orbq.ensemble import Ensemble
     from orbq.inference import open_run
     from orbq.preprocess.frames import find_sources
-    from orbq.run_plots import names_of
+    from orbq.run_files import names_of
 
     directories, inputs = _split(run, inputs)
     names_of(directories)  # refuses a run that is named twice

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
 from orbq.preprocess.links import make_directory, refuse_links
-from orbq.preprocess.store import Dataset, write_atomically
+from orbq.preprocess.store import write_atomically
 from orbq.records import changed_array
 from orbq.run_files import CHECKPOINTS
 from orbq.study.plan import Program, RunSpec, fingerprint, grown, make_plan
@@ -81,6 +81,7 @@ def run_ablation(
         check_initial(config)
     with told_when_full(directory), ExitStack() as held, term_signal() as asked:
         _claim(directory, config, overwrite, held)
+        _check_data(directory, config)
         return _train(with_own_copy(config, directory), directory, reporter, asked)
 
 
@@ -172,6 +173,8 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
     """Make sure that ``directory`` is free, or holds this very ablation, and no link out of it. It
     is then ours alone until ``held_by`` is closed."""
     place = directory.resolve()  # it may be a link, which stays
+    if not overwrite:
+        refuse_links(directory, "run.directory")
     held = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     if held and DESCRIPTION not in held and not _holds_records(directory):
         raise InputError(f"{directory} is not empty and holds no ablation: choose another one")
@@ -182,19 +185,16 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
             raise InputError(f"{directory} holds no {DESCRIPTION}: --overwrite will not delete it")
         put_aside(place, held_by)
         held = set()
-    refuse_links(directory, "run.directory")
-    datasets = [open_dataset(name) for name in (config.data.dataset, *config.data.unlabelled)]
     if held:
         check_continues(directory, config)
-        _check_data(directory, datasets, _description(directory).get("data"))
-    if not held:
+    else:
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     document = {
+        **_description(directory),
         "orbq_version": __version__,
         "fingerprint": fingerprint(config),
         "config": json.loads(config.model_dump_json()),
-        "data": [dataset.manifest["arrays"] for dataset in datasets],
     }
     write_atomically(directory / DESCRIPTION, json.dumps(document, indent=1))
 
@@ -240,17 +240,19 @@ def _check_grown(directory: Path, config: Config) -> None:
     )
 
 
-def _check_data(
-    directory: Path, datasets: Iterable[Dataset], before: Sequence[Mapping[str, Any]] | None
-) -> None:
-    """Refuse to go on with other structures or labels. before: the arrays of the data sets that it
-    was begun with, None in an ablation that did not write them down."""
-    for dataset, arrays in zip(datasets, before or (), strict=False):
-        if name := changed_array(dataset, arrays):
+def _check_data(directory: Path, config: Config) -> None:
+    """Refuse to go on with other structures or labels than the ablation was begun with."""
+    datasets = [open_dataset(name) for name in (config.data.dataset, *config.data.unlabelled)]
+    described = _description(directory)
+    for dataset, before in zip(datasets, described.get("data", ()), strict=False):
+        if name := changed_array(dataset, before):
             raise InputError(
                 f"{dataset.path} has changed since {directory} was begun ({name} is another): "
                 "bring the data set back, or start anew with --overwrite"
             )
+    if "data" not in described:
+        described["data"] = [dataset.manifest["arrays"] for dataset in datasets]
+        write_atomically(directory / DESCRIPTION, json.dumps(described, indent=1))
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
