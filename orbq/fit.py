@@ -351,7 +351,7 @@ class _Loop:
         if p.nonfinite < MAX_NONFINITE:
             self.reporter.warned(f"{what}: the batch was left out; its structures are in {path}")
             return
-        good = list(checkpoint.resumable(self.checkpoints))
+        good = any(checkpoint.resumable(self.checkpoints))
         kept = f"; {self.checkpoints} keeps the last good state" if good else ""
         raise OrbqError(
             f"{what}, for the {p.nonfinite}th time in a row: lower training.learning_rate or "

@@ -196,9 +196,11 @@ def test_evaluate_writes_tables_and_pictures(trained, tmp_path):
 
 def test_pictures_of_an_earlier_evaluation_go(trained, tmp_path):
     (tmp_path / "parity-dft.png").write_bytes(b"of another data set")
+    (tmp_path / "parity_mine.png").write_bytes(b"of the user")
     status, text = orbq_command("evaluate", trained, trained.parent / "data", "--out", tmp_path)
     assert status == 0, text
     assert not (tmp_path / "parity-dft.png").exists()
+    assert (tmp_path / "parity_mine.png").exists()
 
 
 def test_training_structures_of_another_data_set_are_told(trained, run, dataset, tmp_path):

@@ -108,9 +108,10 @@ def _bar() -> Progress:
 def draw(found: Evaluation, place: Path) -> list[Path]:
     """All parity plots on one page, and each on its own."""
     from orbq.plots import parity_figure
+    from orbq.targets import TARGETS
 
-    for old in place.glob("parity*.png"):  # of another data set or run
-        old.unlink()
+    for name in ("energy", "forces", "stress", *TARGETS):  # of another data set or run
+        (place / f"parity-{name}.png").unlink(missing_ok=True)
     paths = [place / "parity.png"]
     parity_figure(found, paths[0])
     for name, values in found.values.items():
