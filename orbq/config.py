@@ -119,6 +119,7 @@ class Model(Section):
     n_channels: Annotated[int, Field(ge=1, le=4096)] = 32
     lmax: Annotated[int, Field(ge=0, le=3)] = 2
     lmax_hidden: Annotated[int, Field(ge=0, le=3)] = 1
+    product_init: Annotated[float, Field(gt=0, le=1)] = 0.2
     n_radial: Annotated[int, Field(ge=1, le=256)] = 8
     radial_damping: Annotated[float, Field(ge=0, le=4)] = 0.0
     radial_hidden: Widths = (32,)

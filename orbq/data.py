@@ -85,6 +85,7 @@ def architecture_of(config: Config) -> Architecture:
         n_channels=model.n_channels,
         lmax=model.lmax,
         lmax_hidden=model.lmax_hidden,
+        product_init=model.product_init,
         n_radial=model.n_radial,
         radial_damping=model.radial_damping,
         radial_hidden=model.radial_hidden,

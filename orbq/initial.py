@@ -241,7 +241,11 @@ def _check_same_network(config: Config, run: Run) -> None:
         if key == "avg_num_neighbors":  # what was measured then is taken over, not measured again
             before = run.potential.constants.avg_num_neighbors
             now = now or before
-        if before == now or (key == "head" and not heads & set(config.loss.weights.auxiliary())):
+        if (
+            key == "product_init"
+            or before == now
+            or (key == "head" and not heads & set(config.loss.weights.auxiliary()))
+        ):
             continue
         raise InputError(
             f"model.{key} is {json.dumps(now)}, that of training.initial = "

@@ -20,14 +20,16 @@ from flax import struct
 from jaxtyping import Array
 
 Initializer = Callable[..., Any]
+Std = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 @struct.dataclass
 class Drawn(nn.meta.AxisMetadata):
-    """A parameter that is drawn with standard deviation ``std``."""
+    """A parameter that is drawn with standard deviation ``std``, one for all of its numbers or
+    nested tuples that broadcast to its shape."""
 
     value: Any
-    std: float = struct.field(pytree_node=False)
+    std: Std = struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
         return self.value
@@ -42,8 +44,8 @@ class Drawn(nn.meta.AxisMetadata):
         return self
 
 
-def normal(std: float) -> Initializer:
-    """Normal with mean 0 and this standard deviation."""
+def normal(std: Std) -> Initializer:
+    """Normal with mean 0 and this standard deviation, as ``Drawn``."""
 
     def initialise(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Drawn:
         return Drawn(jnp.zeros(shape, dtype), std)
@@ -80,7 +82,8 @@ def _draw(key: Array, branch: Any, dtype: Any) -> Any:
     out, start = [], 0
     for box, size in zip(leaves, sizes, strict=True):
         if isinstance(box, Drawn):
-            out.append(box.std * numbers[start : start + size].reshape(box.value.shape))
+            std = jnp.asarray(box.std, dtype)
+            out.append(std * numbers[start : start + size].reshape(box.value.shape))
         else:
             out.append(jnp.zeros(box.shape, dtype))
         start += size

@@ -42,7 +42,8 @@ class Settings(NamedTuple):
 
     elements: atomic numbers, ascending. species: what is known of them, "shells" or "free".
     cutoff: Å. lmax: highest degree of features and harmonics; lmax_hidden: of the node features
-    between the layers of a backbone that builds its degrees in each layer anew. n_radial: basis
+    between the layers of a backbone that builds its degrees in each layer anew; product_init: how
+    large its products are at the start. n_radial: basis
     functions; radial_damping: the n-th of them is divided by n to this power; radial_hidden: widths
     of the radial network. avg_num_neighbors: mean neighbours within the cutoff, the scale of
     messages. activations: type of the layers' features and matrix products, "full" (that of the
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     n_channels: int = 32
     lmax: int = 2
     lmax_hidden: int = 1
+    product_init: float = 0.2
     n_radial: int = 8
     radial_damping: float = 0.0
     radial_hidden: tuple[int, ...] = (32,)

@@ -8,6 +8,7 @@ the next may have a lower degree. Batatia et al., NeurIPS 2022, arXiv:2206.07697
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -36,13 +37,14 @@ class Products(NamedTuple):
 
     pairs: A x A to the n_pairs rows of all pairs. terms: [1, A, pairs] x A to the output's rows,
     one weight per linearly independent product. scale: per weight, so that outputs keep the
-    variance of A.
+    variance of A. order: per weight, how many A are multiplied.
     """
 
     pairs: tuple[Term, ...]
     n_pairs: int
     terms: tuple[Term, ...]
     scale: tuple[float, ...]
+    order: tuple[int, ...]
 
 
 @cache
@@ -65,13 +67,15 @@ def products(lmax: int, lmax_out: int) -> Products:
     first = np.concatenate(known, axis=1)
     out: list[Term] = []
     scale: list[float] = []
+    order: list[int] = []
     for l in range(lmax_out + 1):
         found = _independent(_candidates(lmax, rows, l), l, first, sample)
         for terms, size in found:
             out += [t._replace(p=len(scale), value=t.value / size) for t in terms]
             scale.append(len(found) ** -0.5)
+            order.append(1 + (terms[0].i > 0) + (terms[0].i > n_a))
     merged = _merged(pairs, 0, n_a), _merged(out, 1, n_a)
-    return Products(merged[0], start, merged[1], tuple(scale))
+    return Products(merged[0], start, merged[1], tuple(scale), tuple(order))
 
 
 def _merged(terms: list[Term], first: int, n_a: int) -> tuple[Term, ...]:
@@ -152,10 +156,14 @@ def _independent(
 
 
 class ProductBasis(nn.Module):
-    """Weighted products of up to three features of an atom, channel by channel."""
+    """Weighted products of up to three features of an atom, channel by channel.
+
+    Weights start at 1, ``product_init`` and its square by the number of features: A has a long
+    tail, and third powers of third powers, layer after layer, would be forces of 1e8 eV/Å.
+    """
 
     lmax_out: int
-    kernels: str = "xla"
+    settings: Settings
 
     @nn.compact
     def __call__(
@@ -167,14 +175,23 @@ class ProductBasis(nn.Module):
         one = jnp.ones((n, 1, channels), dtype)
         pairs = self._form(features, features, one, table.pairs, table.n_pairs)
         shape = (len(table.scale), channels)
-        common = self.param("weights", normal(1.0), shape).astype(dtype)
-        own = dense(shape[0] * shape[1], "species", dtype, MODULATION, bias=False)(attributes)
-        weights = (common + own.reshape(n, *shape)) * jnp.asarray(table.scale, dtype)[:, None]
+        std = [self.settings.product_init ** (n - 1) for n in table.order]
+        common = self.param("weights", normal(tuple((s,) for s in std)), shape)
+        fan = math.sqrt(MODULATION / attributes.shape[1])
+        own = nn.Dense(
+            shape[0] * channels,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=normal(tuple(fan * s for s in std for _ in range(channels))),
+            name="species",
+        )(attributes)
+        scale = jnp.asarray(table.scale, dtype)[:, None]
+        weights = (common.astype(dtype) + own.reshape(n, *shape)) * scale
         first = jnp.concatenate([one, features, pairs], axis=1)
         return self._form(first, features, weights, table.terms, (self.lmax_out + 1) ** 2)
 
     def _form(self, x: Array, y: Array, w: Array, table: tuple[Term, ...], n_out: int) -> Array:
-        if self.kernels == "cuequivariance":
+        if self.settings.kernels == "cuequivariance":
             return product(x, y, w, table)
         return form(x, y, w, table, n_out)
 
@@ -193,9 +210,7 @@ class Layer(nn.Module):
         sent = DegreeLinear(channels, name="up")(features)
         summed = Interaction(self.settings.lmax, self.settings)(sent, geometry)
         a = DegreeLinear(channels, name="mix")(summed)
-        out = ProductBasis(self.lmax_out, self.settings.kernels, name="products")(
-            a, geometry.attributes
-        )
+        out = ProductBasis(self.lmax_out, self.settings, name="products")(a, geometry.attributes)
         out = DegreeLinear(channels, name="down")(out)
         kept = features[:, : (self.lmax_out + 1) ** 2]
         species = dense(channels, "species", dtype, MODULATION, bias=False)(geometry.attributes)

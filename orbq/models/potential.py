@@ -71,6 +71,7 @@ class Architecture(NamedTuple):
     n_channels: int = 32
     lmax: int = 2
     lmax_hidden: int = 1
+    product_init: float = 0.2
     n_radial: int = 8
     radial_damping: float = 0.0
     radial_hidden: tuple[int, ...] = (32,)
@@ -149,6 +150,7 @@ class _Network(nn.Module):
                 n_channels=arch.n_channels,
                 lmax=arch.lmax,
                 lmax_hidden=min(arch.lmax_hidden, arch.lmax),
+                product_init=arch.product_init,
                 n_radial=arch.n_radial,
                 radial_damping=arch.radial_damping,
                 radial_hidden=arch.radial_hidden,

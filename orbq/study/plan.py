@@ -165,9 +165,10 @@ def fingerprint(config: Config) -> str:
     # keys that came later: where they say nothing new, what was begun before is the same
     later = {"initial": training.initial == "", "kernels": training.kernels == "xla"}
     unused = {name for name, default in later.items() if default}
+    model = config.model
+    others = {"radial_damping": model.radial_damping == 0, "product_init": model.backbone != "mace"}
     left_out: Any = {"run": True, "training": unused}
-    if config.model.radial_damping == 0:
-        left_out["model"] = {"radial_damping"}
+    left_out["model"] = {name for name, default in others.items() if default}
     if config.loss.weights.stress == 0:
         left_out["loss"] = {"weights": {"stress"}}
     document = config.model_dump_json(exclude=left_out)
