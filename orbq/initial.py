@@ -237,15 +237,13 @@ def _check_same_network(config: Config, run: Run) -> None:
     """Refuse another [model], but for the kind of heads that only one of the two runs has."""
     heads = {name for name, kind in run.potential.architecture.heads if kind != "energy"}
     for key in Model.model_fields:
+        if key == "product_init":  # only how parameters are drawn
+            continue
         before, now = getattr(run.config.model, key), getattr(config.model, key)
         if key == "avg_num_neighbors":  # what was measured then is taken over, not measured again
             before = run.potential.constants.avg_num_neighbors
             now = now or before
-        if (
-            key == "product_init"
-            or before == now
-            or (key == "head" and not heads & set(config.loss.weights.auxiliary()))
-        ):
+        if before == now or (key == "head" and not heads & set(config.loss.weights.auxiliary())):
             continue
         raise InputError(
             f"model.{key} is {json.dumps(now)}, that of training.initial = "

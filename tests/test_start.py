@@ -14,14 +14,17 @@ from tests.graphs import constants, make_graph, of_name, quick_jit
 MOLECULES = [of_name(name) for name in ("CH3CH2OH", "C6H6", "CH3COCl")]
 
 
-@pytest.mark.parametrize("n_layers", range(1, 5))
+@pytest.mark.parametrize("n_layers", [1, 2, 4])
 @pytest.mark.parametrize("backbone", ["nequip", "mace"])
 def test_forces_at_the_start_do_not_grow_with_depth(backbone: str, n_layers: int) -> None:
     architecture = Architecture(
-        backbone=backbone, n_layers=n_layers, n_channels=32, lmax=2, cutoff=5.0
+        backbone=backbone, n_layers=n_layers, n_channels=16, lmax=2, cutoff=5.0
     )
-    potential = make_potential(architecture, constants(()))
     positions, graph = make_graph(MOLECULES, cutoff=5.0)
+    known = constants(())._replace(
+        energy_scale=1.0, avg_num_neighbors=len(graph.senders) / len(positions)
+    )
+    potential = make_potential(architecture, known)
     params = jax.vmap(lambda key: potential.init(key, positions, graph))(
         jax.random.split(jax.random.key(0), 4)
     )
@@ -29,7 +32,7 @@ def test_forces_at_the_start_do_not_grow_with_depth(backbone: str, n_layers: int
         jax.vmap(lambda p: predict(potential, p, positions, graph).forces, in_axes=0)
     )(params)
     sizes = np.sqrt(np.mean(np.square(forces), axis=(1, 2)))  # of the scale of the data
-    assert np.all((0.03 < sizes) & (sizes < 6)), sizes
+    assert np.all((sizes > 0.01) & (sizes < 6)), sizes
 
 
 def test_a_parameter_is_drawn_with_a_spread_for_each_row() -> None:
