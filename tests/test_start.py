@@ -32,7 +32,7 @@ def test_forces_at_the_start_do_not_grow_with_depth(backbone: str, n_layers: int
         jax.vmap(lambda p: predict(potential, p, positions, graph).forces, in_axes=0)
     )(params)
     sizes = np.sqrt(np.mean(np.square(forces), axis=(1, 2)))  # of the scale of the data
-    assert np.all((sizes > 0.01) & (sizes < 6)), sizes
+    assert np.all((sizes > 0.01) & (sizes < 20)), sizes
 
 
 def test_a_parameter_is_drawn_with_a_spread_for_each_row() -> None:
