@@ -140,6 +140,7 @@ def _values() -> dict[str, tuple[str, Any, str]]:
         "energy-nan": ("energy=nan", "energy is not finite"),
         "energy-inf": ("energy=inf", "energy is not finite"),
         "energy-overflow": ("energy=1e999", "energy is not finite"),
+        "energy-absurd": ("energy=-1e30", r"energy is -1e\+30 eV: at most 1e\+07 eV for"),
         "energy-word": ("energy=low", "energy is 'low': it must be one number"),
         "energy-markup": ('energy="x[/red]y"', r"energy is 'x\[/red\]y': it must be one number"),
         "energy-escape": ('energy="x\x1b[31m"', r"energy is 'x\\x1b\[31m'"),
@@ -174,6 +175,7 @@ def _values() -> dict[str, tuple[str, Any, str]]:
     out = {f"value-{k}": (x, frame(info), said) for k, (info, said) in infos.items()}
     columns = {
         "forces-nan": (":forces:R:3", "nan 0 0", "forces of atom 0 are not finite"),
+        "forces-absurd": (":forces:R:3", "0 -1e9 0", r"forces of atom 0 reach 1e\+09 eV/Å"),
         "forces-two": (":forces:R:2", "0 0", r"forces has shape \(3, 2\): \(3, 3\) needed"),
         "forces-words": (":forces:S:3", "a b c", "not understood: ValueError: could not convert"),
         "charges-three": (":dft_charges:R:3", "0 0 0", r"dft_charges has shape \(3, 3\)"),

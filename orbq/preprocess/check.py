@@ -21,11 +21,15 @@ MIN_HEIGHT = 0.4  # Å between opposite faces of a cell: below, it is flat, or n
 # a cube of 1000 Å, more than any calculation of a million atoms fills; neighbours are looked for in
 # boxes as wide as the cutoff, whose number this bounds
 MAX_VOLUME = 1e9  # Å^3
+# ten times all electrons of the heaviest atoms, and a thousand times what atoms at MIN_DISTANCE
+# feel: beyond are placeholders of calculations that failed, and one would outweigh all others
+MAX_ENERGY = 1e7  # eV, for each atom
+MAX_FORCE = 1e6  # eV/Å
 
 
 def check(structure: Structure, method: str = "GFN1-xTB") -> str | None:
     """The reason why ``structure`` cannot be used, with the value and the limit; None if it can."""
-    for test in (_lengths, _elements, _finite, _cell, _extent, _overlap):
+    for test in (_lengths, _elements, _finite, _labels, _cell, _extent, _overlap):
         if reason := test(structure):
             return reason
     found = (_electrons(structure, part) for part in orbitals.parts(method))
@@ -84,6 +88,17 @@ def _finite(s: Structure) -> str | None:
         value = getattr(s, name)
         if value is not None and not np.isfinite(value).all():
             return f"{name} is not finite"
+    return None
+
+
+def _labels(s: Structure) -> str | None:
+    """Energies and forces that no calculation gives."""
+    if s.energy is not None and abs(s.energy) > MAX_ENERGY * len(s.numbers):
+        return f"energy is {s.energy:.3g} eV: at most {MAX_ENERGY:g} eV for each atom"
+    if s.forces is not None and np.abs(s.forces).max() > MAX_FORCE:
+        atom = int(np.argmax(np.abs(s.forces).max(axis=1)))
+        force = np.abs(s.forces[atom]).max()
+        return f"forces of atom {atom} reach {force:.3g} eV/Å: at most {MAX_FORCE:g} eV/Å"
     return None
 
 
