@@ -29,8 +29,9 @@ from orbq.inference import (
     shell_charges,
     voigt,
 )
+from orbq.preprocess import comment
 from orbq.preprocess.frames import Frame, Source, read_frames
-from orbq.preprocess.read import results_of
+from orbq.preprocess.read import DEFAULT_NAMES, as_written, results_of
 from orbq.run import Run, require_energy
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
@@ -39,6 +40,7 @@ PARTIAL = ".partial"
 RESULTS = ("energy", "forces", "stress", "charges")  # what ASE has a name for
 OF_THE_ENERGY = ("energy", "free_energy", "energies", "forces", "stress", "stresses")
 KEEPING = ("extxyz", "traj", "db", "json")  # formats that hold what is predicted
+GROUPS = DEFAULT_NAMES["group"]  # names that are kept as they are written: 007 is no number
 RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -91,6 +93,7 @@ def annotate(
                 if isinstance(found, Refused):
                     refused.append(found)
                 else:
+                    frame.atoms.info = dict(as_written(frame.atoms.info, GROUPS, frame))
                     waiting.append(frame.atoms)
                     yield found
 
@@ -209,7 +212,11 @@ class Writer:
         if self.format == "extxyz":
             from ase.io.extxyz import write_xyz
 
-            write_xyz(self._stream, [atoms])
+            texts = {name: text for name, text in atoms.info.items() if isinstance(text, str)}
+            written = atoms.copy()
+            written.calc = atoms.calc
+            written.info |= {name: comment.as_value(text) for name, text in texts.items()}
+            write_xyz(self._stream, [written])
         elif self.format == "traj":
             self._stream.write(_with_arrays_in_info(atoms))
         elif self.format == "db":

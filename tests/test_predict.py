@@ -238,6 +238,24 @@ def test_rows_of_a_database_keep_their_pairs_and_data(run, tmp_path, end):
     assert row.energy == pytest.approx(run.predict(atoms)["energy"], abs=1e-3)
 
 
+def test_names_stay_as_they_are_written(run, tmp_path):
+    """Those of groups, which ASE would read as numbers and truths, and words with backslashes."""
+    place, given = save_run(run, tmp_path / "run"), tmp_path / "given.extxyz"
+    names = ["007", "1e5", "F", "C\\C", "plain", "two words"]
+    lines = [
+        f'2\nProperties=species:S:1:pos:R:3 group="{name}" note="{name}"\nH 0 0 0\nH 0 0 .8\n'
+        for name in (name.replace("\\", "\\\\") for name in names)
+    ]
+    given.write_text("".join(lines))
+    for out in (tmp_path / "out.extxyz", tmp_path / "again.extxyz"):
+        status, text = command("predict", place, given, "--out", out)
+        assert status == 0, text
+        found = ase.io.read(out, ":")
+        assert [atoms.info["group"] for atoms in found] == names
+        assert [atoms.info["note"] for atoms in found][3:] == names[3:]
+        given = out
+
+
 def test_nothing_of_an_earlier_prediction_is_left(two, tmp_path):
     """Neither the spread of an ensemble beside the energy of one run, nor what was left out."""
     places = [save_run(run, tmp_path / f"seed{n}") for n, run in enumerate(two)]

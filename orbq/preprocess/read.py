@@ -145,7 +145,7 @@ class Reader:
     def _group(self, values: Mapping[str, Any], frame: Frame) -> Any:
         """As it is written in a comment line; a truth of another format is left out, and noted."""
         names = (self.keys.group,) if self.keys.group else DEFAULT_NAMES["group"]
-        found = self._find("group", _as_written(values, names, frame), ())
+        found = self._find("group", as_written(values, names, frame), ())
         if found is None and not frame.comment:
             truths = [name for name in names if isinstance(values.get(name), bool | np.bool_)]
             self.names_used["group"].update(name + TRUTH_NOTE for name in truths)
@@ -166,7 +166,7 @@ class Reader:
                 )
 
 
-def _as_written(values: Mapping[str, Any], names: Iterable[str], frame: Frame) -> Mapping[str, Any]:
+def as_written(values: Mapping[str, Any], names: Iterable[str], frame: Frame) -> Mapping[str, Any]:
     """The values, those of ``names`` as the comment line has them: ``007`` and not 7."""
     read = [n for n in names if n in values and not isinstance(values[n], str)]
     given = [n for n in read if n not in frame.atoms.arrays]
