@@ -84,13 +84,14 @@ TAUGHT = {
     "energies": ("loss.weights.xtb_energy=1",),
 }
 TAUGHT["mean"] = TAUGHT["gfn2"] = TAUGHT["longer"]
-
+WIDE = ("model.n_channels=64", "model.cutoff=4.0")  # what charges of the same molecules want
+TAUGHT["wide"] = (*TAUGHT["mean"], *WIDE)
 
 METHODS = {"mean": "GFN1-xTB+GFN2-xTB", "gfn2": "GFN2-xTB"}
 
 
 def make_others(place: Path, split_seed: int, kind: str) -> dict[str, str]:
-    """Labels of another method (a key of METHODS) in place of GFN1's, of all molecules (@data) and
+    """Labels of another method (that of METHODS) in place of GFN1's, of all molecules (@data) and
     of the training molecules without energies (@rest)."""
     method = Recipe(METHODS[kind])
     preprocess([str(SOURCE)], place / f"qm7-{kind}", method)

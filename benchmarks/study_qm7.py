@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qm7_data import CONFIG, METHODS, make_data, make_others, pretrained
+from qm7_data import CONFIG, METHODS, WIDE, make_data, make_others, pretrained
 from study import main
 
 # Baseline search: two subsets of 200 molecules, each with both learning rates. `onsite` goes along
@@ -127,6 +127,7 @@ PRETRAINED = {
     "longer": 2,
     "mean": 2,
     "gfn2": 1,
+    "wide": 1,
     "charges": 1,
     "energies": 1,
 }
@@ -236,6 +237,7 @@ STUDIES["weights"] = {
     )
 }
 FINE["forces"] = FINE["longer"] = FINE["mean"] = FINE["gfn2"] = FINE["both"]
+FINE["wide"] = (*FINE["both"], *WIDE)
 # how to learn energies after labels: by validation, N = 100, on subsets 0 and 1
 _KEPT = ("data.unlabelled=['@rest']", "training.unlabelled_share=0.5", "training.batch_size=10")
 _LAYERS = ("backbone/species", "backbone/embedding", *(f"backbone/layer{n}" for n in range(3)))
@@ -271,7 +273,7 @@ STUDIES["delta"] = {
     for n in (100, 200, 400)
 }
 _SIZES_FIRST = {"both": SIZES[:4], "forces": SIZES[:3], "longer": SIZES[:3], "mean": SIZES}
-for _kind in FINE:
+for _kind in (kind for kind in FINE if kind != "wide"):
     STUDIES[f"first_{_kind}"] = {
         f"{_kind}-{n}-{replicate}": _first(n, _kind, replicate)
         for replicate in (range(4) if PRETRAINED[_kind] == 2 else (0, 2))
@@ -285,6 +287,15 @@ STUDIES["first_longest"] = {
     )
     for n in (4000, 1600)
     for replicate in range(4)
+}
+# the same in the larger network that charges of the same molecules want
+STUDIES["first_wide"] = {
+    f"wide-{n}-{replicate}": (
+        *_first(n, "wide", replicate),
+        f"training.n_steps={4 * _STEPS[n]}",
+    )
+    for n in (4000, 1600, 400)
+    for replicate in (0, 2)
 }
 # references and energy readout fitted together first, by the networks taught for longer
 STUDIES["first_taught"] = {
@@ -304,8 +315,9 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             "delta": "charges",
         }
         kind = others.get(study, study.split("_")[-1])
-        if kind in METHODS:
-            words |= make_others(place, 1, kind)
+        labels = "mean" if kind == "wide" else kind
+        if labels in METHODS:
+            words |= make_others(place, 1, labels)
         for seed in range(PRETRAINED[kind]):
             words[f"@{kind}{seed}"] = pretrained(place, words["@rest"], kind, seed)
     return words
