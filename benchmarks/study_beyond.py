@@ -43,7 +43,12 @@ DFT = ("energy_mae", "forces_mae")
 LIGANDS = ("NCS", "OMe", "CNH")
 UNSEEN_METALS = ("Fe", "Pd", "Re")
 
-_QM7 = ("data.test_fraction=0.0", "data.validation_fraction=0.15", "data.n_train=400")
+_QM7 = (
+    "data.test_fraction=0.0",
+    "data.validation_fraction=0.15",
+    "data.n_train=400",
+    "model.product_init=1.0",
+)
 _DEEP = ("model.backbone=mace", "model.n_layers=3", "training.n_steps=4000")
 _TMC = ("data.test_fraction=0.0", "data.charge_reference=false", "training.pretrain_steps=0")
 QM7_ARMS = {  # as study_qm7.py chose them at N = 400

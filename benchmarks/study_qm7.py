@@ -257,6 +257,20 @@ STUDIES["first_search"] = {
         "decay": ("training.weight_decay=0.2",),
     }.items()
 }
+# how large the products of a MACE-like network are before training; by validation
+STUDIES["starts"] = {
+    f"{network}-{n}-{start}": (
+        *_fresh(n, network),
+        "ablation.weights=[0.0, 8.0]",
+        "ablation.seeds=[0, 1, 2, 3]",
+        "ablation.subset_seeds=[0, 1, 0, 1]",
+        "ablation.learning_rates=[5e-3]",
+        f"model.product_init={start}",
+    )
+    for network in ("near", "deep")
+    for n in (400, 100)
+    for start in (1.0, 0.2)
+}
 # smoother radial functions, which helped with acetylacetone
 STUDIES["damped"] = {
     f"damped-{n}": (
