@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--hours", type=_hours, default=math.inf, metavar="H", help="stop after this long")
     add("--limit", type=_number(1), default=sys.maxsize, metavar="N", help="the first N species")
     add("--structures-only", action="store_true", help="GFN2-xTB geometries, no DFT, no PySCF")
+    text = "leave out the species of these data sets, e.g. of a run whose directory is gone"
+    add("--known", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     add("--force", action="store_true", help="allow a reserved seed and reserved species")
     commands = parser.add_subparsers(dest="command", title="afterwards")
     description = "Check, deduplicate, round and compress the structures of runs."
@@ -107,10 +109,12 @@ def _hours(text: str) -> float:
 
 
 def _generate(given: argparse.Namespace) -> None:
+    from tmc.filter import read_frames
     from tmc.generate import Options, generate, generate_geometries
     from tmc.species import METALS
 
     metals = METALS if given.metals is None else tuple(given.metals.split(","))
+    known = read_frames(given.known, not given.structures_only) if given.known else []
     options = Options(
         out=given.out,
         seed=given.seed,
@@ -120,6 +124,7 @@ def _generate(given: argparse.Namespace) -> None:
         hours=given.hours,
         limit=given.limit,
         force=given.force,
+        known=frozenset(frame.info["group"] for frame in known),
     )
     (generate_geometries if given.structures_only else generate)(options)
 

@@ -117,6 +117,9 @@ def test_new_seeds_share_nothing_with_the_embedded_sets(
     assert Counter(s.metal for s in new) == dict.fromkeys(species.METALS, 40)
     assert not {s.group for s in new} & reserved
     assert not {s.composition for s in new} & species.reserved_compositions()
+    known = frozenset(s.group for s in new[::3])  # made before
+    left = generate.planned_species(options._replace(known=known))
+    assert left == [s for s in new if s.group not in known] and len(left) == len(new) - len(known)
 
 
 # --------------------------------------------------------------------------- structures

@@ -39,10 +39,12 @@ class Options(NamedTuple):
     hours: float
     limit: int
     force: bool
+    known: frozenset[str] = frozenset()
 
 
 def planned_species(options: Options) -> list[Species]:
-    """The species of a run: those of the seed, without any that the reserved seeds draw.
+    """The species of a run: those of the seed, without any that the reserved seeds draw and
+    without the ``known`` groups, which other runs have made.
 
     Raises InputError for an unknown metal, and for a reserved seed unless ``force``, which also
     keeps reserved species.
@@ -57,7 +59,8 @@ def planned_species(options: Options) -> list[Species]:
             "(--force overrides, to reproduce the embedded sets)"
         )
     exclude = frozenset() if options.force else reserved_compositions()
-    return species_list(options.per_metal, options.metals, options.seed, exclude)[: options.limit]
+    drawn = species_list(options.per_metal, options.metals, options.seed, exclude)
+    return [species for species in drawn if species.group not in options.known][: options.limit]
 
 
 def generate(options: Options) -> None:
