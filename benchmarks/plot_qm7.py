@@ -2,8 +2,8 @@
 
     python benchmarks/plot_qm7.py
 
-Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table those of ``longest`` and
-``first_longest``. Each arm is held against energy-only training, both with the network that its
+Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table those of ``longest``,
+``first_longest`` and ``first_wide``. Each arm is held against energy-only training, both with the network that its
 own validation error chose (study ``networks``), over replicates of the same seed and subset
 (curves.py). Writes results/qm7_curves.png.
 """
@@ -34,7 +34,7 @@ STUDIES = (
     "first_energies",
     "targets",
 )
-LONGEST = ("longest", "first_longest")
+LONGEST = ("longest", "first_longest", "first_wide")
 BASELINE = "energy-only"
 ARMS = {  # of the ablations' names, less what follows the dash
     "base": BASELINE,
@@ -50,6 +50,7 @@ ARMS = {  # of the ablations' names, less what follows the dash
     "longer": "GFN1 charges and energies first, for twice as long",
     "mean": "the same with mean energies of GFN1 and GFN2",
     "longest": "GFN1 charges, mean energies of GFN1 and GFN2 first",
+    "wide": "the same first, in 64 channels and 4 Å",
     "gfn2": "the same with charges and energies of GFN2",
     "charges": "GFN1 charges first",
     "energies": "GFN1 energies first",
