@@ -3,9 +3,9 @@
     python benchmarks/plot_qm7.py
 
 Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table those of ``longest``,
-``first_longest`` and ``first_wide``. Each arm is held against energy-only training, both with the network that its
-own validation error chose (study ``networks``), over replicates of the same seed and subset
-(curves.py). Writes results/qm7_curves.png.
+``first_longest`` and ``first_wide``. Each arm is held against energy-only training, both with the
+network that its own validation error chose (study ``networks``), over replicates of the same seed
+and subset (curves.py). Writes results/qm7_curves.png.
 """
 
 from __future__ import annotations
