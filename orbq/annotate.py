@@ -153,6 +153,9 @@ def _annotated(atoms: Atoms, results: dict[str, Any]) -> Atoms:
     known = {name: results[name] for name in RESULTS if name in results}
     replaced = OF_THE_ENERGY if "energy" in known else ()
     kept = {name: value for name, value in results_of(atoms).items() if name not in replaced}
+    for name in {*kept, *known, *replaced}:  # of the same name beside it, ASE writes neither
+        atoms.info.pop(name, None)
+        atoms.arrays.pop(name, None)
     atoms.calc = SinglePointCalculator(atoms, **{**kept, **known})
     for name, value in results.items():
         if name in ("energy" + SPREAD, "stress" + SPREAD):

@@ -38,7 +38,7 @@ from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import near_origin
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
-from orbq.preprocess.read import Failure, Reader
+from orbq.preprocess.read import DEFAULT_NAMES, Failure, Reader
 from orbq.preprocess.references import References
 from orbq.preprocess.store import Dataset
 from orbq.run_files import (
@@ -146,10 +146,12 @@ class Run:
         elif not is_one(atoms):
             raise InputError(f"{reprlib.repr(atoms)} is no structure: give an ase.Atoms")
         else:
-            found = next(iter(Reader([Source("atoms", Path(), "")], atoms=[atoms])))
+            reader = Reader([Source("atoms", Path(), "")], atoms=[atoms], labels=False)
+            found = next(iter(reader))
             if isinstance(found, Failure):
                 raise InputError(f"the structure cannot be used: {found.reason}")
             structure = found
+            self._warn_of_initial(atoms, structure)
         unknown = sorted(set(structure.numbers.tolist()) - set(self.elements))
         if unknown:
             raise InputError(
@@ -175,6 +177,26 @@ class Run:
                     + (f"; atoms.info[{name!r}] sets it" if crystal else ""),
                     stacklevel=3,
                 )
+
+    def _warn_of_initial(self, atoms: Atoms, structure: Structure) -> None:
+        """Once each, where ASE's initial charges or magnetic moments speak of another state."""
+        spin = self.potential.architecture.embed_spin and not structure.pbc.any()
+        for field, key, array, least in (
+            ("charge", "charge", "initial_charges", 0),
+            ("spin", "spin_multiplicity", "initial_magmoms", 1),
+        )[: 1 + spin]:
+            values = atoms.arrays.get(array, np.zeros(0))
+            told = least + round(float(np.sum(values))) if np.ndim(values) == 1 else least
+            taken = structure.spin_multiplicity if least else structure.total_charge
+            given = any(name in atoms.info for name in DEFAULT_NAMES[field])
+            if told in (least, taken) or given or (array, told) in self._warned:
+                continue
+            self._warned.add((array, told))
+            warnings.warn(
+                f"the atoms' {array} add up to a {key.replace('_', ' ')} of {told}, but {taken} is "
+                f"taken: atoms.info[{key!r}] sets it",
+                stacklevel=3,
+            )
 
     @property
     def elements(self) -> tuple[int, ...]:

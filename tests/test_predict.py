@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import ase
@@ -254,6 +255,54 @@ def test_names_stay_as_they_are_written(run, tmp_path):
         assert [atoms.info["group"] for atoms in found] == names
         assert [atoms.info["note"] for atoms in found][3:] == names[3:]
         given = out
+
+
+@pytest.mark.parametrize("end", ["extxyz", "traj"])
+def test_values_of_the_same_name_are_replaced(run, tmp_path, end):
+    """In a trajectory info and arrays may hold what the calculator does, too; extxyz may not."""
+    given, out = tmp_path / "given.traj", tmp_path / f"out.{end}"
+    water = molecule("H2O")
+    water.info |= {"energy": -5.0, "stress": [1.0, 2.0]}
+    water.set_array("forces", np.ones((3, 3)))
+    ase.io.write(given, [molecule("CH4"), water, molecule("NH3")])
+    status, text = command("predict", save_run(run, tmp_path / "run"), given, "--out", out)
+    assert status == 0, text
+    found = ase.io.read(out, ":")
+    assert len(found) == 3 and "energy" not in found[1].info
+    expected = run.predict(molecule("H2O"))
+    assert found[1].get_potential_energy() == pytest.approx(expected["energy"], abs=1e-3)
+    np.testing.assert_allclose(found[1].get_forces(), expected["forces"], atol=1e-4)
+
+
+def test_labels_that_come_with_a_structure_are_not_looked_at(run):
+    water, bare = molecule("H2O"), molecule("H2O")
+    water.info |= {"energy": "n/a", "stress": [1, 2], "dft_charges": "none", "forces": "x"}
+    water.set_array("charge", np.full(3, 0.4))  # of each atom, no total charge
+    water.set_array("spin", np.zeros(3))
+    assert run.predict(water)["energy"] == run.predict(bare)["energy"]
+
+
+@pytest.mark.parametrize(
+    ("array", "values", "message"),
+    [
+        ("initial_charges", [1.0, 0, 0], "add up to a charge of 1, but 0 is taken"),
+        ("initial_magmoms", [2.0, 0, 0], "add up to a spin multiplicity of 3, but 1 is taken"),
+    ],
+)
+def test_initial_charges_and_moments_are_told_of_once(array, values, message):
+    run, water = random_run(("atomic",), **SMALL), molecule("H2O")
+    water.set_array(array, np.array(values))
+    with pytest.warns(UserWarning, match=message):
+        run.predict(water)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.predict(water)
+        partial = molecule("H2O")
+        partial.set_initial_charges([0.4, -0.8, 0.4])
+        other = random_run(("atomic",), **SMALL)
+        other.predict(partial)
+        water.info |= {"charge": 0, "spin_multiplicity": 1}  # said by the user
+        other.predict(water)
 
 
 def test_nothing_of_an_earlier_prediction_is_left(two, tmp_path):

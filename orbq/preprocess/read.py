@@ -57,6 +57,8 @@ class Keys(NamedTuple):
 
 
 FIRST_FOUND = Keys()
+ONE_NUMBER = ("energy", "charge", "spin")  # of a structure; arrays of these names say other things
+STATE = ("charge", "spin")  # what a prediction depends on beside the geometry
 MAX_INTEGER = 1_000_000  # of a charge or a multiplicity
 REJECTED, UNLABELLED = "rejected", "labels missing"
 HARTREE_NOTE = " (Hartree, converted)"
@@ -79,7 +81,8 @@ class Failure(NamedTuple):
 class Reader:
     """Iterates over ``Structure | Failure``; ``names_used`` tells afterwards what was found where.
 
-    sources: files, or one Source without path for structures that are already in memory.
+    sources: files, or one Source without path for structures that are already in memory. labels:
+    False for structures that are to be predicted: what they bring of labels is not looked at.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Reader:
         sources: Sequence[Source],
         keys: Keys = FIRST_FOUND,
         atoms: Sequence[Any] | None = None,
+        labels: bool = True,
     ) -> None:
+        self._labels = labels
         self.sources, self.keys, self._atoms = list(sources), keys, atoms
         self.names_used: dict[str, Counter[str]] = {field: Counter() for field in DEFAULT_NAMES}
         self._names_seen: set[str] = set()
@@ -114,11 +119,14 @@ class Reader:
         try:
             values, converted = tmqm.translated(named_values(atoms), tables, results_of(atoms))
             self._names_seen |= values.keys()
+            if not self._labels:
+                state = {f: self._find(f, values, converted, atoms.arrays) for f in STATE}
+                return _build(atoms, dict.fromkeys(DEFAULT_NAMES) | state, (number, frame.number))
             values = _without_virials(values, atoms)
             if self.keys.stress in VIRIALS and self.keys.stress not in values:
                 self._refused["stress"] = "is a virial: it needs a lattice, and six or nine values"
             fields = [field for field in DEFAULT_NAMES if field != "group"]
-            found = {field: self._find(field, values, converted) for field in fields}
+            found = {f: self._find(f, values, converted, atoms.arrays) for f in fields}
             found["group"] = self._group(values, frame)
             return _build(atoms, found, (number, frame.number))
         except InputError:
@@ -126,13 +134,20 @@ class Reader:
         except ValueError as error:
             return Failure(self.sources[number].name, frame.number, str(error))
 
-    def _find(self, field: str, values: Mapping[str, Any], converted: Container[str]) -> Any:
+    def _find(
+        self,
+        field: str,
+        values: Mapping[str, Any],
+        converted: Container[str],
+        per_atom: Container[str] = (),
+    ) -> Any:
         wanted = getattr(self.keys, field)
         for name in (wanted,) if wanted else DEFAULT_NAMES[field]:
             value = values.get(name)
             if value is None:
                 continue
-            if reason := _no_value(field, value):
+            known = PER_ATOM if field in ONE_NUMBER and name in per_atom else ""
+            if reason := known or _no_value(field, value):
                 if wanted:
                     self._refused[field] = reason
                     raise ValueError(f"the {field} key {name!r} {reason}")
@@ -175,6 +190,9 @@ def as_written(values: Mapping[str, Any], names: Iterable[str], frame: Frame) ->
     return {**values, **{n: t for n, t in kept.items() if not t.startswith(comment.JSON)}}
 
 
+PER_ATOM = "is a value for each atom, not one for the structure"
+
+
 def _no_value(field: str, value: Any) -> str:
     """Why a value cannot be that of the field, "" if it can."""
     if isinstance(value, bool | np.bool_):  # ASE reads a bare word of a comment line as True
@@ -182,7 +200,7 @@ def _no_value(field: str, value: Any) -> str:
     if field == "group" and isinstance(value, np.ndarray) and not value.size:  # nothing after "="
         return "has no value"
     if field == "group" and (isinstance(value, list | tuple) or np.ndim(value)):
-        return "is a value for each atom, not one for the structure"  # as GPUMD writes it
+        return PER_ATOM  # as GPUMD writes it
     return ""
 
 
