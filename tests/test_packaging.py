@@ -114,7 +114,7 @@ def test_the_shell_completes_commands_and_options(words: str, wanted: str) -> No
         "COMP_WORDS": words,
         "COMP_CWORD": str(words.count(" ")),
     }
-    command = [sys.executable, "-m", "orbq.cli"]
+    command = [sys.executable, "-m", "orbq"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert wanted in done.stdout.split(), done.stderr
 
