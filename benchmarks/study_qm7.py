@@ -309,7 +309,7 @@ STUDIES["first_wide"] = {
         f"training.n_steps={4 * _STEPS[n]}",
     )
     for n in (4000, 1600, 400)
-    for replicate in (0, 2)
+    for replicate in range(4)
 }
 # references and energy readout fitted together first, by the networks taught for longer
 STUDIES["first_taught"] = {
