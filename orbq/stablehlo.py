@@ -27,7 +27,7 @@ from orbq import __version__, standalone
 from orbq.annotate import charge_target
 from orbq.errors import InputError
 from orbq.models.potential import make_potential, predict
-from orbq.orbitals import SYMBOLS
+from orbq.orbitals import SYMBOLS, shells
 from orbq.preprocess.links import make_directory
 from orbq.preprocess.store import write_atomically
 from orbq.run import Run, load, require_energy
@@ -144,12 +144,14 @@ def _program(run: Run, target: str | None) -> Callable[..., tuple[Array, ...]]:
 
 
 def manifest(run: Run, target: str | None, platforms: Sequence[str]) -> dict[str, Any]:
-    """What the loader and its reader need to know; JSON."""
+    """What the loader and its reader need to know; JSON. shells: valence electrons and orbitals of
+    each element, which bound charges and multiplicities as ``check`` does."""
     references = run.references.get("energy")
     known = [z for z in run.elements if references is None or references.known[z]]
     energies = {z: 0.0 if references is None else float(references.element[z]) for z in known}
     precision = _precision(run)
     names = [name for name in OUTPUTS if target or name != "charges"]
+    table = shells()
     return {
         "format_version": standalone.FORMAT_VERSION,
         "made_with": {"orbq": __version__, "jax": version("jax")},
@@ -161,6 +163,7 @@ def manifest(run: Run, target: str | None, platforms: Sequence[str]) -> dict[str
             "element": energies,
             "charge": 0.0 if references is None else references.charge,
         },
+        "shells": {z: [int(table.valence[z]), int(table.slot_mask[z].sum())] for z in known},
         "charge_target": target,
         "inputs": {
             name: {"dtype": dtype or precision, "shape": f"[{shape}]", "meaning": meaning}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,12 +20,13 @@ from tiny_run import random_run, save_run
 from typer.testing import CliRunner
 
 import orbq
-from orbq import standalone
+from orbq import stablehlo, standalone
 from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.inference import atomic_charges
-from orbq.preprocess import check
+from orbq.preprocess import check, read
 from orbq.preprocess.neighbors import neighbor_list
+from orbq.schema import Structure
 from orbq.stablehlo import lowered
 from orbq.standalone import PROGRAM, edges, padded
 
@@ -120,6 +123,13 @@ def test_equals_the_run_without_orbq(run, exported, packages):
 
 def test_what_the_loader_refuses(exported, packages):
     near, thin = [[0, 0, 0], [0, 0, 0.3]], np.diag([9, 9, 0.35]).tolist()
+    upwards = [False, False, True]
+    water = {"numbers": [8, 1, 1], "positions": [[0, 0, 0.1], [0, 0.8, -0.5], [0, -0.8, -0.5]]}
+    turned = {"numbers": [8, 1], "positions": [[0, 0], [0, 0], [0, 1]]}
+    box, small = (9 * np.eye(3)).tolist(), (1e-3 * np.eye(3)).tolist()
+    sloping = [[9, 0, 0], [9, 0.2, 0], [0, 0, 9]]
+    boundless = [[9, 0, 0], [0, np.inf, 0], [0, 0, 9]]
+    crystal = water | {"cell": box, "pbc": True}
     refused = [
         ({"numbers": [79], "positions": [[1, 0, 0]]}, "no energy for Z = [79]"),
         (
@@ -131,12 +141,71 @@ def test_what_the_loader_refuses(exported, packages):
             "atoms 0 and 1 are 0.300 Å apart: at least 0.4 Å needed",
         ),
         (
-            {"numbers": [1], "positions": [[0, 0, 0]], "cell": thin, "pbc": [False, False, True]},
-            "atoms 0 and 0 are 0.350 Å apart",
+            {"numbers": [1], "positions": [[0, 0, 0]], "cell": thin, "pbc": upwards},
+            "the cell is 0.35 Å thin, at least 0.4 Å needed: is it in Å?",
+        ),
+        (
+            {"numbers": [8, 1], "positions": [[0, 0, 0], [0, 0, 8.7]], "cell": box, "pbc": upwards},
+            "atoms 0 and 1 are 0.300 Å apart",
         ),
         (
             {"numbers": [8, 1], "positions": [[0, 0, 0], [0, np.nan, 1]]},
             "the position of atom 1 is not finite: [0.0, nan, 1.0]",
+        ),
+        (crystal | {"cell": small}, "the cell is 0.001 Å thin, at least 0.4 Å needed"),
+        (crystal | {"cell": sloping}, "the cell is 0.2 Å thin"),
+        (crystal | {"cell": boundless}, "cell is not finite: [[9.0, 0.0, 0.0], [0.0, inf, 0.0]"),
+        (crystal | {"cell": [9, 9, 9]}, "cell has shape (3,): (3, 3) needed"),
+        (crystal | {"cell": "cubic"}, "cell is 'cubic': lattice vectors needed"),
+        (crystal | {"cell": (2e9 * np.eye(3)).tolist()}, "a vector of 2e+09 Å: at most 1e+09 Å"),
+        (
+            crystal | {"cell": (2e3 * np.eye(3)).tolist()},
+            "the cell spans 8e+09 Å^3: at most 1e+09 Å^3",
+        ),
+        (crystal | {"pbc": "TTF"}, "pbc is 'TTF': one or three of True and False needed"),
+        (crystal | {"pbc": [True, False]}, "pbc is [True, False]: one or three"),
+        (water | {"numbers": ["O", "H", "H"]}, "numbers is ['O', 'H', 'H']: atomic numbers needed"),
+        (
+            water | {"numbers": [8, 1.5, 1]},
+            "numbers of atom 1 is 1.5: a whole atomic number",
+        ),
+        (water | {"numbers": [8, 1, 1e300]}, "numbers of atom 2 is 1e+300: a whole"),
+        (water | {"numbers": [[8, 1, 1]]}, "numbers has shape (1, 3): (n,) needed"),
+        ({"numbers": [], "positions": []}, "numbers has no atoms: at least one needed"),
+        (turned, "positions has shape (3, 2): (2, 3) needed for 2 atoms"),
+        (water | {"numbers": [8, 1]}, "positions has shape (3, 3): (2, 3) needed for 2 atoms"),
+        (water | {"positions": [0.0] * 9}, "positions has shape (9,): (3, 3) needed"),
+        (water | {"positions": [["a", "b", "c"]] * 3}, "coordinates in Å needed"),
+        (
+            {"numbers": [8, 1], "positions": [[0, 0, 0], [0, 0, 1e10]]},
+            "up to 1e+10 Å from the origin",
+        ),
+        (water | {"charge": 0.5}, "charge is 0.5: it must be a whole number"),
+        (water | {"charge": [0, 1]}, "charge is [0.0, 1.0]: it must be a whole number"),
+        (water | {"charge": 50}, "charge +50 is above the 8 valence electrons: at most +8"),
+        (crystal | {"charge": 9}, "charge +9 is above the 8 valence electrons"),
+        (
+            water | {"charge": -50},
+            "charge -50 makes 58 valence electrons, more than 8 orbitals hold: at least -8",
+        ),
+        (water | {"charge": np.nan}, "charge is nan: it must be a whole number"),
+        (
+            water | {"spin_multiplicity": 0},
+            "spin_multiplicity is 0: 2S + 1 is a whole number, at least 1",
+        ),
+        (crystal | {"spin_multiplicity": 0}, "spin_multiplicity is 0"),
+        (water | {"spin_multiplicity": 1.5}, "spin_multiplicity is 1.5: it must be a whole number"),
+        (
+            water | {"spin_multiplicity": 2},
+            "spin_multiplicity 2 does not fit 10 electrons (charge +0): an even number needs",
+        ),
+        (
+            water | {"charge": 1, "spin_multiplicity": 1},
+            "spin_multiplicity 1 does not fit 9 electrons (charge +1): an odd number needs an even",
+        ),
+        (
+            water | {"spin_multiplicity": 11},
+            "electrons (charge +0) in 8 orbitals: at most 9",
         ),
     ]
     code = ALONE.replace("json.loads(sys.stdin.read())", "[]") + (
@@ -151,8 +220,46 @@ def test_what_the_loader_refuses(exported, packages):
         assert message in line
 
 
-def test_the_loader_knows_how_near_atoms_may_be():
+def test_the_loader_knows_the_limits_of_orbq():
     assert standalone.MIN_DISTANCE == check.MIN_DISTANCE
+    assert standalone.MIN_HEIGHT == check.MIN_HEIGHT
+    assert standalone.MAX_VOLUME == check.MAX_VOLUME
+    assert standalone.MAX_INTEGER == read.MAX_INTEGER
+
+
+@pytest.mark.parametrize("pbc", [False, True, (True, True, False)])
+def test_charges_and_multiplicities_are_those_of_orbq(pbc):
+    """Every one that orbq refuses is refused, and no other."""
+    run = random_run((), elements=(1, 8, 22, 66))
+    potential = object.__new__(standalone.Potential)
+    potential.manifest = json.loads(json.dumps(stablehlo.manifest(run, None, ["cpu"])))
+    periodic = np.broadcast_to(pbc, 3)
+    for z in map(np.array, ([8, 1, 1], [22], [22, 8], [1], [66])):
+        for charge, spin in itertools.product(range(-20, 20), range(14)):
+            x, cell = 3.0 * np.eye(3)[: len(z)], 9.0 * np.eye(3)
+            reason = check.check_predicted(Structure(z, x, cell, periodic, charge, spin))
+            with pytest.raises(ValueError) if reason else nullcontext():
+                assert potential.multiplicity(z, charge, spin, bool(periodic.any())) == spin
+
+
+@pytest.mark.parametrize("axes", [[0], [0, 2], [0, 1, 2]])
+def test_cells_are_refused_before_neighbours_are_looked_for(axes, monkeypatch):
+    periodic = np.isin(range(3), axes)
+    monkeypatch.setattr(standalone.itertools, "product", lambda *_: pytest.fail("looked for"))
+    for height in (1e-310, 1e-9, 1e-3, 0.399):
+        cell = np.where(np.arange(3) == axes[0], height, 9.0)[:, None] * np.eye(3)
+        with pytest.raises(ValueError, match=r"the cell is .* Å thin, at least 0\.4 Å|independent"):
+            edges(np.zeros((1, 3)), 4.0, cell, periodic)
+    for value in (np.nan, np.inf, 1e200):
+        with pytest.raises(ValueError, match=r"cell is not finite|has a vector of 1e\+200"):
+            edges(np.zeros((1, 3)), 4.0, np.full((3, 3), value), periodic)
+
+
+def test_open_directions_need_no_lattice_vector():
+    x = np.zeros((1, 3))
+    slab = edges(x, 4.0, np.diag([3.0, 3.0, 0.0]), (True, True, False))
+    assert len(slab[0]) == 4
+    assert len(edges(x, 4.0, np.diag([0.41, 9.0, 9.0]), (True, False, False))[0]) == 18
 
 
 def test_no_custom_call_is_left():
