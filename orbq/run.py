@@ -25,14 +25,7 @@ from orbq import checkpoint
 from orbq.compiled import Counted
 from orbq.config import Config
 from orbq.errors import InputError, OrbqError
-from orbq.models.potential import (
-    Params,
-    Potential,
-    energy_fn,
-    make_potential,
-    predict,
-    smallest_graph,
-)
+from orbq.models.potential import Params, Potential, energy_fn, make_potential, smallest_graph
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import near_origin
@@ -57,10 +50,10 @@ from orbq.schema import Structure
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from orbq.inference import BatchPredictor
+    from orbq.inference import BatchPredictor, Predicted
     from orbq.scores import Evaluation
 
-_COMPILED = ("energy", "batches", "programs", "_predict")  # what a Run compiles when it is used
+_COMPILED = ("energy", "batches", "programs")  # what a Run compiles when it is used
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -201,19 +194,10 @@ class Run:
 
     @cached_property
     def batches(self) -> BatchPredictor:
-        """The compiled program that ``predict`` sends many structures through."""
+        """The compiled program that ``predict`` sends structures through."""
         from orbq.inference import BatchPredictor
 
         return BatchPredictor(self, self.targets)
-
-    @cached_property
-    def _predict(self) -> Any:
-        targets = self.targets
-
-        def evaluate(params: Params, positions: Array, graph: jraph.GraphsTuple) -> Any:
-            return predict(self.potential, params, positions, graph, targets)
-
-        return jax.jit(evaluate)
 
     @overload
     def predict(self, atoms: Atoms | Structure) -> dict[str, Any]: ...
@@ -229,19 +213,16 @@ class Run:
         atoms: one structure, for one dict; or a list or any other iterable of them, for an iterator
         of dicts in the same order. Structures are taken as results are asked for, in batches of one
         shape with ``batch_size`` structures on average: a stream of any length needs constant
-        memory. Without energy and forces where neither was taught (``taught_energy``). Raises
-        InputError for a structure that the run cannot take, naming its place.
+        memory. A single one is padded to a shape that is kept, so that a loop over structures of
+        one kind compiles once or twice. Without energy and forces where neither was taught
+        (``taught_energy``). Raises InputError for a structure that the run cannot take, naming its
+        place.
         """
         if not is_one(atoms):
             from orbq.inference import checked_batch_size
 
             return self._predict_many(atoms, checked_batch_size(atoms, batch_size))
-        structure = self.structure(atoms)
-        positions, graph = self._graph(structure)
-        out = self._predict(self.params, positions, graph)
-        energy = float(out.energy[0]) + self.reference_energy(structure)
-        charges = {name: np.asarray(values) for name, values in out.charges.items()}
-        return self.known({"energy": energy, "forces": np.asarray(out.forces), **charges})
+        return self._told(self.batches.one(self.structure(atoms)))
 
     def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
         """Predictions beside the labels of a data set, with their errors.
@@ -260,7 +241,10 @@ class Run:
         from orbq.inference import predict_structures
 
         for found in predict_structures(self.batches, usable(self, many), batch_size):
-            yield self.known({"energy": found.energy, "forces": found.forces, **found.targets})
+            yield self._told(found)
+
+    def _told(self, found: Predicted) -> dict[str, Any]:
+        return self.known({"energy": found.energy, "forces": found.forces, **found.targets})
 
     @property
     def taught_energy(self) -> bool:

@@ -17,7 +17,8 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from tiny_run import random_run, save_run
 
-from orbq.calculator import Calculator, Capacity, SkinNeighbors, _rounded_up
+from orbq.calculator import Calculator, SkinNeighbors
+from orbq.capacity import Capacity, rounded_up
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.run import Run
@@ -269,10 +270,10 @@ def test_skin_changes_nothing(cell):
 
 
 def test_sizes_grow_by_steps():
-    sizes = {_rounded_up(n) for n in range(1, 1025)}
+    sizes = {rounded_up(n) for n in range(1, 1025)}
     assert len(sizes) <= 8 * 16
     for n in range(1, 1025):
-        assert n <= _rounded_up(n) <= max(8, n * 17 / 16 + 1)
+        assert n <= rounded_up(n) <= max(8, n * 17 / 16 + 1)
 
 
 def test_a_large_structure_is_hardly_padded():

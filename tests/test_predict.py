@@ -69,6 +69,36 @@ def test_a_second_list_compiles_nothing(run):
     assert run.batches.compilations == before
 
 
+def breathing(n: int) -> list[ase.Atoms]:
+    """Ethane ever denser: every one has more neighbours than the one before, or as many."""
+    out = [molecule("C2H6") + molecule("C2H6") for _ in range(n)]
+    for k, atoms in enumerate(out):
+        atoms.positions[8:, 0] += 4.5 - 0.5 * k / n
+    return out
+
+
+def test_one_after_another_they_compile_once(run):
+    """And are predicted as without padding, each alone or as a list of one."""
+    structures = breathing(12)
+    numbers = {len(run.graph(atoms)[1].senders) for atoms in structures}
+    assert len(numbers) == 3
+    fresh = other(run, 1.0)
+    found = [fresh.predict(atoms) for atoms in structures]
+    assert fresh.batches.compilations == 1
+    for atoms, one in zip(structures, found, strict=True):
+        graph = run.graph(atoms)
+        forces = -jax.grad(run.energy, argnums=1)(run.params, *graph)
+        assert one["forces"].shape == (16, 3) and one["atomic"].shape == (16, 1)
+        np.testing.assert_allclose(one["forces"], forces, atol=1e-5)
+        energy = float(run.energy(run.params, *graph))
+        reference = run.reference_energy(run.structure(atoms))
+        assert one["energy"] - reference == pytest.approx(energy, abs=1e-5)
+    lists = [next(fresh.predict([atoms], batch_size=1)) for atoms in structures]
+    assert fresh.batches.compilations == 2  # single ones, and batches
+    for one, alone in zip(lists, found, strict=True):
+        np.testing.assert_allclose(one["forces"], alone["forces"], atol=1e-5)
+
+
 def test_structures_are_taken_as_results_are_asked_for(run):
     taken = []
 
