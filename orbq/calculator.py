@@ -23,7 +23,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from orbq.capacity import Capacity, padded
+from orbq.capacity import padded
 from orbq.compiled import Counted
 from orbq.errors import InputError
 from orbq.inference import atomic_charges, voigt
@@ -53,7 +53,8 @@ class Calculator(AseCalculator):
     computed only when asked for, the stress from the first time it is asked for on. The dipole
     moment is that of the atomic charges as points, about the centre of mass (which matters only
     for an ion), of structures that are not periodic. Calculators can be pickled, and those of
-    one loaded run share what is compiled: each image of a path may have its own.
+    one loaded run share what is compiled, and the capacities it was compiled for: each image of a
+    path may have its own.
 
     Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
     target that the run lacks.
@@ -80,7 +81,6 @@ class Calculator(AseCalculator):
         self.implemented_properties = [*known, *(FROM_CHARGES if self.charge_target else ())]
         self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
         self._compiled_before = self._compilations()
-        self._capacity = Capacity(0, 0)
         self._with_stress = False
         self._place_parameters()
 
@@ -196,9 +196,10 @@ class Calculator(AseCalculator):
 
     def _call(self, name: str, structure: Structure) -> Any:
         edges = self.neighbors.of(structure)
-        self._capacity = self._capacity.holding(len(structure.numbers), len(edges.senders))
+        known = self.run.capacities[name, self.dtype.name]
+        capacity = known.holding(len(structure.numbers), len(edges.senders))
         cutoff = self.run.potential.architecture.cutoff
-        inputs = padded(structure, edges, self._capacity, cutoff, self.dtype)
+        inputs = padded(structure, edges, capacity, cutoff, self.dtype)
         with self._precision():
             return jax.device_get(self.program(name)(self.params, *inputs))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import checkpoint
+from orbq.capacity import Capacities
 from orbq.compiled import Counted
 from orbq.config import Config
 from orbq.errors import InputError, OrbqError
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from orbq.inference import BatchPredictor, Predicted
     from orbq.scores import Evaluation
 
-_COMPILED = ("energy", "batches", "programs")  # what a Run compiles when it is used
+_COMPILED = ("energy", "batches", "programs", "capacities")  # what a Run compiles when it is used
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -90,6 +92,11 @@ class Run:
     def programs(self) -> dict[tuple[str, str], Counted]:
         """The compiled programs that its calculators share, by what they compute."""
         return {}
+
+    @cached_property
+    def capacities(self) -> Mapping[tuple[str, str], Capacities]:
+        """The sizes that these are compiled for, by what they compute and in which precision."""
+        return defaultdict(Capacities)
 
     @cached_property
     def energy(self) -> Any:

@@ -18,7 +18,7 @@ from ase.md.verlet import VelocityVerlet
 from tiny_run import random_run, save_run
 
 from orbq.calculator import Calculator, SkinNeighbors
-from orbq.capacity import Capacity, rounded_up
+from orbq.capacity import Capacities, Capacity, rounded_up
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.run import Run
@@ -281,6 +281,31 @@ def test_a_large_structure_is_hardly_padded():
     capacity = Capacity(0, 0).holding(1000, 30_000)
     assert capacity.n_edge < 1.07 * 30_000 and capacity.n_node < 1.07 * 1000
     assert capacity.holding(1000, 30_600) is capacity
+
+
+def test_calculators_of_a_run_share_the_sizes_they_are_compiled_for():
+    """Of a path whose images have ever fewer neighbours: none compiles but the first."""
+    run = random_run((), lmax=0, n_layers=1)
+    compilations, numbers = [], set()
+    for k in range(7):
+        atoms = molecule("C2H6") + molecule("C2H6")
+        atoms.positions[8:, 0] += 4.0 + 0.1 * k
+        numbers.add(len(run.graph(atoms)[1].senders))
+        atoms.calc = Calculator(run)
+        expected = -jax.grad(run.energy, argnums=1)(run.params, *run.graph(atoms))
+        np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-5)
+        compilations.append(atoms.calc.compilations)
+    assert len(numbers) == 4
+    assert compilations == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_smallest_known_size_that_is_not_far_too_large():
+    known = Capacities()
+    large = known.holding(100, 2000)
+    small = known.holding(20, 300)
+    assert small != large and known.holding(20, 310) == small
+    assert known.holding(90, 1200) == large
+    assert known.holding(40, 600) not in (small, large)
 
 
 def test_pickled_and_copied():
