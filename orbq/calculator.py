@@ -10,6 +10,7 @@ runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e, e Å.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -56,8 +57,8 @@ class Calculator(AseCalculator):
     one loaded run share what is compiled, and the capacities it was compiled for: each image of a
     path may have its own.
 
-    Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
-    target that the run lacks.
+    Raises InputError for what is no run, an unknown dtype, a skin that is no number or negative,
+    or a charge target that the run lacks.
     """
 
     implemented_properties = [*IMPLEMENTED, *FROM_CHARGES]  # noqa: RUF012 (ASE's own form)
@@ -231,6 +232,13 @@ class Calculator(AseCalculator):
 
 def _loaded(run: str | Path, dtype: str | None) -> Run:
     """The run of a directory, in float64 if it was trained and is to be computed so."""
+    if not isinstance(run, str | Path):
+        several = hasattr(run, "runs")  # an ensemble, whose module imports this one
+        remedy = "ensemble.calculator() makes its calculator, and " if several else ""
+        raise InputError(
+            f"{reprlib.repr(run)} is no run: {remedy}orbq.Calculator takes a run that orbq.load "
+            "gives, or its directory"
+        )
     trained = read_description(run_directory(run))["config"]["training"]["precision"]
     wide = np.float64 in (_checked_dtype(trained), _checked_dtype(dtype or trained))
     with jax.enable_x64(True) if wide else nullcontext():
@@ -268,8 +276,8 @@ class SkinNeighbors:
     """
 
     def __init__(self, cutoff: float, skin: float) -> None:
-        if not (np.isfinite(skin) and skin >= 0):
-            raise InputError(f"skin {skin} Å: it must be 0 or positive")
+        if not (isinstance(skin, int | float | np.number) and np.isfinite(skin) and skin >= 0):
+            raise InputError(f"skin {skin!r} Å: it must be a number, 0 or positive")
         self.cutoff, self.skin, self.n_searches = cutoff, skin, 0
         self._at: Structure | None = None
         self._wide = NeighborList(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 3)))

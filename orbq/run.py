@@ -114,13 +114,15 @@ class Run:
         """Positions [N, 3] (Å) and graph of one structure, without padding.
 
         ``charge`` and ``spin_multiplicity`` are read from ``atoms.info`` (default: neutral; lowest
-        spin of the electron count; any is taken of a periodic structure). Raises InputError for an
-        element the run was not trained on.
+        spin of the electron count; any is taken of a periodic structure). dtype: "float32" or
+        "float64"; None for the precision the run was trained in, or float32 where JAX has no other.
+        Raises InputError for an element the run was not trained on, an unknown dtype, or float64
+        where JAX has none.
         """
-        return self._graph(self.structure(atoms), dtype)
-
-    def _graph(self, structure: Structure, dtype: Any = None) -> tuple[Array, jraph.GraphsTuple]:
-        dtype = dtype or jax.dtypes.canonicalize_dtype(self.config.training.precision)
+        structure = self.structure(atoms)
+        if dtype is None:
+            dtype = jax.dtypes.canonicalize_dtype(self.config.training.precision)
+        dtype = _checked_dtype(dtype)
         cutoff = self.potential.architecture.cutoff
         edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
         n = len(structure.numbers)
@@ -291,6 +293,23 @@ def usable(run: Any, many: Iterable[Atoms | Structure]) -> Iterator[Structure]:
         except InputError as error:
             raise InputError(f"structure {place}: {error}") from error
         yield structure
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    """A type of floats that JAX has at present. Raises InputError for others."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError(f"dtype {dtype!r}: give float32 or float64")
+    if found != jax.dtypes.canonicalize_dtype(found):
+        raise InputError(
+            f"dtype {found}: JAX has only float32 until it is told otherwise: call "
+            'jax.config.update("jax_enable_x64", True) first (orbq.Calculator(run, '
+            'dtype="float64") needs no such call)'
+        )
+    return found
 
 
 def _symbol(z: int) -> str:

@@ -19,6 +19,7 @@ from tiny_run import random_run, save_run
 
 from orbq.calculator import Calculator, SkinNeighbors
 from orbq.capacity import Capacities, Capacity, rounded_up
+from orbq.ensemble import Ensemble
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.run import Run
@@ -222,12 +223,21 @@ def test_what_the_run_lacks_is_not_implemented():
     [
         ({"dtype": "float16"}, "float16"),
         ({"skin": -1.0}, "skin"),
+        ({"skin": "a"}, "skin 'a'"),
         ({"charge_target": "dft"}, "predicts atomic"),
     ],
 )
 def test_bad_options(run, options, message):
     with pytest.raises(InputError, match=message):
         Calculator(run, **options)
+
+
+def test_what_is_no_run(run):
+    for wrong in (None, 3, [run]):
+        with pytest.raises(InputError, match=r"is no run: orbq\.Calculator takes a run"):
+            Calculator(wrong)
+    with pytest.raises(InputError, match=r"ensemble\.calculator\(\)"):
+        Calculator(Ensemble([run, run]))
 
 
 def test_a_directory_of_a_float64_run_is_computed_in_full(run, tmp_path):
