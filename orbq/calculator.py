@@ -39,6 +39,7 @@ from orbq.targets import CHARGE_TARGETS
 IMPLEMENTED = ("energy", "free_energy", "forces", "stress")
 FROM_CHARGES = ("charges", "dipole")
 DTYPES = ("float32", "float64")
+PARAMETERS = ("run", "dtype", "skin", "charge_target")
 
 
 class Calculator(AseCalculator):
@@ -107,6 +108,21 @@ class Calculator(AseCalculator):
         return self._compilations() - self._compiled_before
 
     # ------------------------------------------------------------------ what ASE calls
+
+    def set(self, **changes: Any) -> dict[str, Any]:
+        """Raises InputError: what a calculator computes with is fixed when it is made."""
+        unknown = [name for name in changes if name not in PARAMETERS]
+        if unknown:
+            raise InputError(
+                f"{', '.join(unknown)}: no parameter of orbq.Calculator, which has "
+                f"{', '.join(PARAMETERS)}; none can be changed: make a new calculator"
+            )
+        if changes:
+            raise InputError(
+                f"{', '.join(changes)} of a calculator cannot be changed: make a new one, "
+                "orbq.Calculator(run, ...), which compiles nothing that the run has compiled"
+            )
+        return {}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation: also charge and spin in ``atoms.info``."""

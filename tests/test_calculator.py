@@ -232,6 +232,18 @@ def test_bad_options(run, options, message):
         Calculator(run, **options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float64"}, r"dtype of a calculator cannot be changed: make a new one"),
+        ({"skin": 0.1, "xc": "PBE"}, "xc: no parameter of"),
+    ],
+)
+def test_parameters_cannot_be_changed(calculator, changes, message):
+    with pytest.raises(InputError, match=message):
+        calculator.set(**changes)
+
+
 def test_what_is_no_run(run):
     for wrong in (None, 3, [run]):
         with pytest.raises(InputError, match=r"is no run: orbq\.Calculator takes a run"):
