@@ -105,6 +105,11 @@ class EnsembleCalculator(AverageCalculator):
 
     name = "orbq ensemble"
 
+    def __init__(self, calcs: Sequence[Calculator]) -> None:
+        super().__init__(calcs)
+        known = [p for p in calcs[0].implemented_properties if p in self.implemented_properties]
+        self.implemented_properties = [*known, *(name + SPREAD for name in known)]
+
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """As the members': a change of charge or spin in ``atoms.info`` counts too."""
         return list(self.mixer.calcs[0].check_state(atoms, tol))
@@ -116,7 +121,8 @@ class EnsembleCalculator(AverageCalculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """Compute ``properties`` by every member into ``results``."""
-        super().calculate(atoms, properties, system_changes)
+        asked = dict.fromkeys(name.removesuffix(SPREAD) for name in properties)
+        super().calculate(atoms, tuple(asked), system_changes)
         members = {k: v for k, v in self.results.items() if k.endswith("_contributions")}
         for name, values in members.items():
             self.results[name.replace("_contributions", SPREAD)] = spread(values)

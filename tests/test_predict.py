@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.db import connect
 from tiny_run import random_run, save_run
 from typer.testing import CliRunner
@@ -189,6 +190,22 @@ def test_calculator_of_an_ensemble(two):
     atoms.info["charge"] = 2
     assert atoms.get_charges().sum() == pytest.approx(neutral + 2, abs=1e-4)
     assert atoms.calc.results["charges_std"].shape == (len(atoms),)
+
+
+def test_the_spreads_are_properties(two):
+    """Of ASE's calculators, each asked for alone."""
+    atoms = distorted(1)[0]
+    expected = orbq.Ensemble(two).predict(atoms)
+    calculator = orbq.Ensemble(two).calculator()
+    found = calculator.get_property("energy_std", atoms)
+    assert found == pytest.approx(expected["energy_std"], abs=1e-4)
+    forces = calculator.get_property("forces_std", atoms)
+    np.testing.assert_allclose(forces, expected["forces_std"], atol=1e-5)
+    assert calculator.get_property("charges_std", atoms).shape == (len(atoms),)
+    with pytest.raises(PropertyNotImplementedError):
+        calculator.get_property("stress_std", atoms)
+    assert "charges_std" in calculator.implemented_properties
+    assert "magmoms_std" not in calculator.implemented_properties
 
 
 @pytest.mark.parametrize(
