@@ -48,7 +48,8 @@ class Predicted(NamedTuple):
     """Predictions of one structure of n atoms.
 
     energy: total, reference energies included, eV (float64). forces: [n, 3] eV/Å. targets: per
-    asked-for target [n, k] in its unit ("xtb_energy": a float, total; "stress": [3, 3] eV/Å^3).
+    asked-for target [n, k] in its unit ("xtb_energy": a float, total; "stress": [3, 3] eV/Å^3, of
+    structures that are periodic in three directions alone).
     """
 
     energy: float
@@ -231,7 +232,7 @@ def _one(run: Run, structure: Structure, out: Prediction, place: int, atoms: sli
             targets[name] = float(values[place]) + reference
         else:
             targets[name] = np.asarray(values[atoms])
-    if out.stress is not None:
+    if out.stress is not None and structure.pbc.all():
         targets["stress"] = np.asarray(out.stress[place])
     energy = float(out.energy[place]) + run.reference_energy(structure)
     return Predicted(energy, np.asarray(out.forces[atoms]), targets)

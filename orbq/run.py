@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from orbq.inference import BatchPredictor, Predicted
     from orbq.scores import Evaluation
 
-_COMPILED = ("energy", "batches", "programs", "capacities")  # what a Run compiles when it is used
+# what a Run compiles when it is used
+_COMPILED = ("energy", "batches", "_stress_batches", "programs", "capacities")
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -208,16 +209,31 @@ class Run:
 
         return BatchPredictor(self, self.targets)
 
+    @cached_property
+    def _stress_batches(self) -> BatchPredictor:
+        from orbq.inference import BatchPredictor
+
+        return BatchPredictor(self, (*self.targets, "stress"))
+
+    def predictor(self, stress: bool = False) -> BatchPredictor:
+        """The one that ``predict`` uses. Raises InputError for the stress of a run that was taught
+        neither energies nor forces."""
+        if stress:
+            require_energy(self)
+        return self._stress_batches if stress else self.batches
+
     @overload
-    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]: ...
+    def predict(self, atoms: Atoms | Structure, *, stress: bool = False) -> dict[str, Any]: ...
 
     @overload
     def predict(
-        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16
+        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16, stress: bool = False
     ) -> Iterator[dict[str, Any]]: ...
 
-    def predict(self, atoms: Any, batch_size: int = 16) -> Any:
-        """Total energy (eV, with references), forces [N, 3] (eV/Å) and charge targets [N, k].
+    def predict(self, atoms: Any, batch_size: int = 16, stress: bool = False) -> Any:
+        """Total energy (eV, with references), forces [N, 3] (eV/Å) and charge targets [N, k]; with
+        ``stress`` that of structures that are periodic in three directions, too: [6] eV/Å^3, xx,
+        yy, zz, yz, xz, xy.
 
         atoms: one structure, for one dict; or a list or any other iterable of them, for an iterator
         of dicts in the same order. Structures are taken as results are asked for, in batches of one
@@ -225,13 +241,14 @@ class Run:
         memory. A single one is padded to a shape that is kept, so that a loop over structures of
         one kind compiles once or twice. Without energy and forces where neither was taught
         (``taught_energy``). Raises InputError for a structure that the run cannot take, naming its
-        place.
+        place, and for the stress of a run that was taught neither energies nor forces.
         """
+        predictor = self.predictor(stress)
         if not is_one(atoms):
             from orbq.inference import checked_batch_size
 
-            return self._predict_many(atoms, checked_batch_size(atoms, batch_size))
-        return self._told(self.batches.one(self.structure(atoms)))
+            return self._predict_many(predictor, atoms, checked_batch_size(atoms, batch_size))
+        return self.told(predictor.one(self.structure(atoms)))
 
     def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
         """Predictions beside the labels of a data set, with their errors.
@@ -246,14 +263,20 @@ class Run:
         data = dataset if isinstance(dataset, Dataset) else open_dataset(str(dataset))
         return evaluate(self, data, split_rows(self, data, split)[1])
 
-    def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    def _predict_many(
+        self, predictor: BatchPredictor, many: Iterable[Any], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
         from orbq.inference import predict_structures
 
-        for found in predict_structures(self.batches, usable(self, many), batch_size):
-            yield self._told(found)
+        for found in predict_structures(predictor, usable(self, many), batch_size):
+            yield self.told(found)
 
-    def _told(self, found: Predicted) -> dict[str, Any]:
-        return self.known({"energy": found.energy, "forces": found.forces, **found.targets})
+    def told(self, found: Predicted) -> dict[str, Any]:
+        """What ``predict`` gives of it."""
+        from orbq.inference import voigt
+
+        out = self.known({"energy": found.energy, "forces": found.forces, **found.targets})
+        return {name: voigt(out[name]) if name == "stress" else out[name] for name in out}
 
     @property
     def taught_energy(self) -> bool:

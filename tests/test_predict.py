@@ -9,7 +9,7 @@ import ase.io
 import jax
 import numpy as np
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.db import connect
 from tiny_run import random_run, save_run
@@ -134,6 +134,25 @@ def test_the_structure_at_fault_is_named(run):
         list(run.predict([molecule("CH4"), "H2O"]))
     with pytest.raises(InputError, match="is no structure: give an"):
         run.graph([molecule("H2O")])
+
+
+def test_the_stress_of_crystals(two):
+    """As the calculator gives it, of one and of many; molecules beside them have none."""
+    run = two[0]
+    crystal = bulk("TiO", "rocksalt", a=4.2, cubic=True)
+    crystal.rattle(0.1, seed=1)
+    molecular = molecule("CH4")
+    expected = orbq.Calculator(run).get_property("stress", crystal)
+    many = list(run.predict([molecular, crystal], stress=True))
+    for found in (run.predict(crystal, stress=True), many[1]):
+        assert found["stress"].shape == (6,)
+        np.testing.assert_allclose(found["stress"], expected, atol=1e-6)
+    assert "stress" not in many[0] and "stress" not in run.predict(molecular, stress=True)
+    assert "stress" not in run.predict(crystal)
+    mean = orbq.Ensemble(two).predict(crystal, stress=True)
+    members = [one.predict(crystal, stress=True)["stress"] for one in two]
+    np.testing.assert_allclose(mean["stress"], np.mean(members, axis=0), atol=1e-7)
+    assert mean["stress_std"].shape == (6,)
 
 
 # --------------------------------------------------------------------------- ensembles
