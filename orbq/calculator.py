@@ -10,10 +10,11 @@ runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e, e Å.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
+from orbq.capacity import padded
 from orbq.compiled import Counted
 from orbq.errors import InputError
 from orbq.inference import atomic_charges, voigt
@@ -37,9 +39,7 @@ from orbq.targets import CHARGE_TARGETS
 IMPLEMENTED = ("energy", "free_energy", "forces", "stress")
 FROM_CHARGES = ("charges", "dipole")
 DTYPES = ("float32", "float64")
-_STEPS = 16  # capacities per doubling: rounding up pads an array by at most 1/16
-# edges come and go in dynamics: by a few per cent in a molecule, in a large structure by chance
-_HEADROOM, _DEVIATIONS = 0.05, 4
+PARAMETERS = ("run", "dtype", "skin", "charge_target")
 
 
 class Calculator(AseCalculator):
@@ -55,10 +55,11 @@ class Calculator(AseCalculator):
     computed only when asked for, the stress from the first time it is asked for on. The dipole
     moment is that of the atomic charges as points, about the centre of mass (which matters only
     for an ion), of structures that are not periodic. Calculators can be pickled, and those of
-    one loaded run share what is compiled: each image of a path may have its own.
+    one loaded run share what is compiled, and the capacities it was compiled for: each image of a
+    path may have its own.
 
-    Raises InputError for a path that is no run, an unknown dtype, a negative skin, or a charge
-    target that the run lacks.
+    Raises InputError for what is no run, an unknown dtype, a skin that is no number or negative,
+    or a charge target that the run lacks.
     """
 
     implemented_properties = [*IMPLEMENTED, *FROM_CHARGES]  # noqa: RUF012 (ASE's own form)
@@ -82,7 +83,6 @@ class Calculator(AseCalculator):
         self.implemented_properties = [*known, *(FROM_CHARGES if self.charge_target else ())]
         self.neighbors = SkinNeighbors(self.run.potential.architecture.cutoff, skin)
         self._compiled_before = self._compilations()
-        self._capacity = Capacity(0, 0)
         self._with_stress = False
         self._place_parameters()
 
@@ -108,6 +108,21 @@ class Calculator(AseCalculator):
         return self._compilations() - self._compiled_before
 
     # ------------------------------------------------------------------ what ASE calls
+
+    def set(self, **changes: Any) -> dict[str, Any]:
+        """Raises InputError: what a calculator computes with is fixed when it is made."""
+        unknown = [name for name in changes if name not in PARAMETERS]
+        if unknown:
+            raise InputError(
+                f"{', '.join(unknown)}: no parameter of orbq.Calculator, which has "
+                f"{', '.join(PARAMETERS)}; none can be changed: make a new calculator"
+            )
+        if changes:
+            raise InputError(
+                f"{', '.join(changes)} of a calculator cannot be changed: make a new one, "
+                "orbq.Calculator(run, ...), which compiles nothing that the run has compiled"
+            )
+        return {}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation: also charge and spin in ``atoms.info``."""
@@ -198,9 +213,10 @@ class Calculator(AseCalculator):
 
     def _call(self, name: str, structure: Structure) -> Any:
         edges = self.neighbors.of(structure)
-        self._capacity = self._capacity.holding(len(structure.numbers), len(edges.senders))
+        known = self.run.capacities[name, self.dtype.name]
+        capacity = known.holding(len(structure.numbers), len(edges.senders))
         cutoff = self.run.potential.architecture.cutoff
-        inputs = padded(structure, edges, self._capacity, cutoff, self.dtype)
+        inputs = padded(structure, edges, capacity, cutoff, self.dtype)
         with self._precision():
             return jax.device_get(self.program(name)(self.params, *inputs))
 
@@ -232,6 +248,13 @@ class Calculator(AseCalculator):
 
 def _loaded(run: str | Path, dtype: str | None) -> Run:
     """The run of a directory, in float64 if it was trained and is to be computed so."""
+    if not isinstance(run, str | Path):
+        several = hasattr(run, "runs")  # an ensemble, whose module imports this one
+        remedy = "ensemble.calculator() makes its calculator, and " if several else ""
+        raise InputError(
+            f"{reprlib.repr(run)} is no run: {remedy}orbq.Calculator takes a run that orbq.load "
+            "gives, or its directory"
+        )
     trained = read_description(run_directory(run))["config"]["training"]["precision"]
     wide = np.float64 in (_checked_dtype(trained), _checked_dtype(dtype or trained))
     with jax.enable_x64(True) if wide else nullcontext():
@@ -269,8 +292,8 @@ class SkinNeighbors:
     """
 
     def __init__(self, cutoff: float, skin: float) -> None:
-        if not (np.isfinite(skin) and skin >= 0):
-            raise InputError(f"skin {skin} Å: it must be 0 or positive")
+        if not (isinstance(skin, int | float | np.number) and np.isfinite(skin) and skin >= 0):
+            raise InputError(f"skin {skin!r} Å: it must be a number, 0 or positive")
         self.cutoff, self.skin, self.n_searches = cutoff, skin, 0
         self._at: Structure | None = None
         self._wide = NeighborList(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 3)))
@@ -300,59 +323,3 @@ class SkinNeighbors:
             return False
         moved = structure.positions - at.positions
         return bool((np.einsum("ni,ni->n", moved, moved) <= (self.skin / 2) ** 2).all())
-
-
-class Capacity(NamedTuple):
-    """Padded sizes: nodes and edges, of which at least one of each is padding."""
-
-    n_node: int
-    n_edge: int
-
-    def holding(self, n_atoms: int, n_edges: int) -> Capacity:
-        """This capacity if the structure fits and fills half of it, else a new one."""
-        fits = n_atoms < self.n_node <= 2 * (n_atoms + 8)
-        if fits and n_edges < self.n_edge <= 2 * (n_edges + 64):
-            return self
-        n_node = self.n_node if fits else _rounded_up(n_atoms + 1)
-        spare = min(_HEADROOM * n_edges, _DEVIATIONS * n_edges**0.5)
-        return Capacity(n_node, _rounded_up(int(n_edges + spare) + 16))
-
-
-def _rounded_up(n: int) -> int:
-    """The next of 8, 9, ..., 32, 34, 36, ..., 64, 68, ...: sixteen sizes per doubling."""
-    step = 1
-    while n > 2 * _STEPS * step:
-        step *= 2
-    return max(8, -(-n // step) * step)
-
-
-def padded(
-    structure: Structure, edges: NeighborList, capacity: Capacity, cutoff: float, dtype: np.dtype
-) -> tuple[np.ndarray, jraph.GraphsTuple, np.ndarray]:
-    """Positions, graph and cell of one structure, padded as ``preprocess.pack`` pads."""
-    n, e = len(structure.numbers), len(edges.senders)
-    n_node, n_edge = capacity
-    positions = np.zeros((n_node, 3), dtype)
-    positions[:n] = structure.positions - structure.positions.mean(0)  # spares float32 its digits
-    numbers = np.zeros(n_node, np.int32)
-    numbers[:n] = structure.numbers
-    shifts = np.zeros((n_edge, 3), dtype)
-    shifts[:e], shifts[e:, 0] = edges.shifts, 2 * cutoff
-    senders, receivers = np.full((2, n_edge), n_node - 1, np.int32)
-    senders[:e], receivers[:e] = edges.senders, edges.receivers
-    cell = np.zeros((2, 3, 3), dtype)
-    cell[0] = structure.cell
-    graph = jraph.GraphsTuple(
-        nodes={"numbers": numbers},
-        edges={"shifts": shifts},
-        senders=senders,
-        receivers=receivers,
-        n_node=np.array([n, n_node - n], np.int32),
-        n_edge=np.array([e, n_edge - e], np.int32),
-        globals={
-            "total_charge": np.array([structure.total_charge, 0], dtype),
-            "spin_multiplicity": np.array([structure.spin_multiplicity, 1], dtype),
-            "mask": np.array([True, False]),
-        },
-    )
-    return positions, graph, cell

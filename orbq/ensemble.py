@@ -23,7 +23,7 @@ from ase.calculators.mixing import AverageCalculator
 
 from orbq.calculator import Calculator
 from orbq.errors import InputError
-from orbq.inference import checked_batch_size, predict_members
+from orbq.inference import BatchPredictor, Predicted, checked_batch_size, predict_members
 from orbq.orbitals import SYMBOLS, parts
 from orbq.run import Run, is_one, load, usable
 from orbq.schema import Structure
@@ -76,24 +76,29 @@ class Ensemble:
         return float(np.mean([run.reference_energy(structure) for run in self.runs]))
 
     @overload
-    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]: ...
+    def predict(self, atoms: Atoms | Structure, *, stress: bool = False) -> dict[str, Any]: ...
 
     @overload
     def predict(
-        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16
+        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16, stress: bool = False
     ) -> Iterator[dict[str, Any]]: ...
 
-    def predict(self, atoms: Any, batch_size: int = 16) -> Any:
+    def predict(self, atoms: Any, batch_size: int = 16, stress: bool = False) -> Any:
         """As ``Run.predict``: the means, and ``<name>_std`` beside each of them."""
-        many = [self.structure(atoms)] if is_one(atoms) else atoms
-        found = self._predict_many(many, checked_batch_size(many, batch_size))
-        return next(found) if is_one(atoms) else found
+        predictors = [run.predictor(stress) for run in self.runs]
+        if is_one(atoms):
+            structure = self.structure(atoms)
+            return self._combined([predictor.one(structure) for predictor in predictors])
+        return self._predict_many(predictors, atoms, checked_batch_size(atoms, batch_size))
 
-    def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
-        predictors = [run.batches for run in self.runs]
+    def _predict_many(
+        self, predictors: Sequence[BatchPredictor], many: Iterable[Any], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
         for members in predict_members(predictors, usable(self, many), batch_size):
-            found = [{"energy": m.energy, "forces": m.forces, **m.targets} for m in members]
-            yield combined([r.known(f) for r, f in zip(self.runs, found, strict=True)])
+            yield self._combined(members)
+
+    def _combined(self, members: Sequence[Predicted]) -> dict[str, Any]:
+        return combined([run.told(one) for run, one in zip(self.runs, members, strict=True)])
 
     def calculator(self, **options: Any) -> EnsembleCalculator:
         """An ASE calculator; options: those of ``orbq.Calculator``."""
@@ -104,6 +109,11 @@ class EnsembleCalculator(AverageCalculator):
     """ASE's average of calculators, with the spread of every result as ``<name>_std``."""
 
     name = "orbq ensemble"
+
+    def __init__(self, calcs: Sequence[Calculator]) -> None:
+        super().__init__(calcs)
+        known = [p for p in calcs[0].implemented_properties if p in self.implemented_properties]
+        self.implemented_properties = [*known, *(name + SPREAD for name in known)]
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """As the members': a change of charge or spin in ``atoms.info`` counts too."""
@@ -116,7 +126,8 @@ class EnsembleCalculator(AverageCalculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """Compute ``properties`` by every member into ``results``."""
-        super().calculate(atoms, properties, system_changes)
+        asked = dict.fromkeys(name.removesuffix(SPREAD) for name in properties)
+        super().calculate(atoms, tuple(asked), system_changes)
         members = {k: v for k, v in self.results.items() if k.endswith("_contributions")}
         for name, values in members.items():
             self.results[name.replace("_contributions", SPREAD)] = spread(values)

@@ -1,7 +1,8 @@
 """Predictions of many structures: packed batches of one shape, so that little is compiled.
 
 ``predict_pool`` runs over the structures of data sets, ``predict_structures`` over a stream of
-structures of any length, in constant memory, ``predict_members`` with several runs at once.
+structures of any length, in constant memory, ``predict_members`` with several runs at once,
+``BatchPredictor.one`` takes a single structure.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbq import orbitals
+from orbq.capacity import FEW_EDGES, Capacities, Capacity, padded
 from orbq.compiled import Counted, configure_jax
 from orbq.data import to_batch
 from orbq.errors import InputError
 from orbq.models.potential import Params, Prediction, predict
+from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.pack import Budget, PackedBatch, Packer, measure_budget
 from orbq.preprocess.pool import Part, Pool
 from orbq.preprocess.prefetch import prefetch
@@ -45,7 +48,8 @@ class Predicted(NamedTuple):
     """Predictions of one structure of n atoms.
 
     energy: total, reference energies included, eV (float64). forces: [n, 3] eV/Å. targets: per
-    asked-for target [n, k] in its unit ("xtb_energy": a float, total; "stress": [3, 3] eV/Å^3).
+    asked-for target [n, k] in its unit ("xtb_energy": a float, total; "stress": [3, 3] eV/Å^3, of
+    structures that are periodic in three directions alone).
     """
 
     energy: float
@@ -68,10 +72,11 @@ class BatchPredictor:
 
         self._program = Counted(program)
         self._budgets: dict[int, list[Budget]] = {}  # by batch size
+        self._capacities = Capacities()
 
     @property
     def compilations(self) -> int:
-        """How many shapes of batches have been compiled."""
+        """How many shapes of batches and of single structures have been compiled."""
         return self._program.compilations
 
     def __call__(self, packed: PackedBatch) -> Prediction:
@@ -81,12 +86,27 @@ class BatchPredictor:
         out: Prediction = self._program(self.run.params, batch.positions, batch.graph)
         return out
 
+    def one(self, structure: Structure) -> Predicted:
+        """The prediction of one structure, padded to a shape that the next ones are likely to fit.
+
+        It must have passed ``Run.structure``.
+        """
+        n, cutoff = len(structure.numbers), self.run.potential.architecture.cutoff
+        edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
+        capacity = self._capacities.holding(n, len(edges.senders))
+        positions, graph, cell = padded(structure, edges, capacity, cutoff, self.dtype)
+        if "stress" in self.targets:
+            graph = graph._replace(globals={**graph.globals, "cell": cell})
+        out = jax.device_get(self._program(self.run.params, positions, graph))
+        return _one(self.run, structure, out, 0, slice(0, n))
+
     def chunk(self, chunk: Sequence[Structure], pool: Pool, batch_size: int) -> list[Predicted]:
         """Predictions of the structures of ``pool``, which are those of ``chunk``, in its order."""
         known = self._budgets.setdefault(batch_size, [])
         budget = budget_of(pool, batch_size, known)
         if budget not in known:
-            known.append(budget)
+            budget = _roomy(budget, pool)
+            known.extend({budget}.difference(known))
         found: dict[int, Predicted] = {}
         for packed, out in predict_pool(self, pool, budget):
             ends = np.cumsum(packed.n_node)
@@ -122,11 +142,19 @@ def budget_of(pool: Pool, batch_size: float, known: Sequence[Budget] = ()) -> Bu
     wanted = batch_size * max(float(pool.n_edges.mean()), 1.0)
     least = _SMALLEST * min(wanted, pool.n_edges.sum())
     for budget in sorted(known, key=lambda b: b.n_edge):
-        if (largest <= np.array(budget)).all() and least < budget.n_edge < _LARGEST * wanted:
+        limit = _LARGEST * wanted + FEW_EDGES
+        if (largest <= np.array(budget)).all() and least < budget.n_edge < limit:
             return budget
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # crowded batches matter in training alone
         return measure_budget(pool, batch_size)
+
+
+def _roomy(budget: Budget, pool: Pool) -> Budget:
+    """With room for structures that have a few more edges than the largest: the next ones, as of a
+    trajectory that comes piece by piece."""
+    largest = Capacity(0, 0).holding(int(pool.n_nodes.max()), int(pool.n_edges.max()))
+    return budget._replace(n_edge=max(budget.n_edge, largest.n_edge))
 
 
 # --------------------------------------------------------------------------- streams
@@ -204,7 +232,7 @@ def _one(run: Run, structure: Structure, out: Prediction, place: int, atoms: sli
             targets[name] = float(values[place]) + reference
         else:
             targets[name] = np.asarray(values[atoms])
-    if out.stress is not None:
+    if out.stress is not None and structure.pbc.all():
         targets["stress"] = np.asarray(out.stress[place])
     energy = float(out.energy[place]) + run.reference_energy(structure)
     return Predicted(energy, np.asarray(out.forces[atoms]), targets)

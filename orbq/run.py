@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +23,11 @@ import numpy as np
 from jaxtyping import Array
 
 from orbq import checkpoint
+from orbq.capacity import Capacities
 from orbq.compiled import Counted
 from orbq.config import Config
 from orbq.errors import InputError, OrbqError
-from orbq.models.potential import (
-    Params,
-    Potential,
-    energy_fn,
-    make_potential,
-    predict,
-    smallest_graph,
-)
+from orbq.models.potential import Params, Potential, energy_fn, make_potential, smallest_graph
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import near_origin
@@ -57,10 +52,11 @@ from orbq.schema import Structure
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from orbq.inference import BatchPredictor
+    from orbq.inference import BatchPredictor, Predicted
     from orbq.scores import Evaluation
 
-_COMPILED = ("energy", "batches", "programs", "_predict")  # what a Run compiles when it is used
+# what a Run compiles when it is used
+_COMPILED = ("energy", "batches", "_stress_batches", "programs", "capacities")
 # what building a potential of an edited run.json raises
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OSError)
 
@@ -99,6 +95,11 @@ class Run:
         return {}
 
     @cached_property
+    def capacities(self) -> Mapping[tuple[str, str], Capacities]:
+        """The sizes that these are compiled for, by what they compute and in which precision."""
+        return defaultdict(Capacities)
+
+    @cached_property
     def energy(self) -> Any:
         """The compiled ``(params, positions, graph) -> energy`` (eV, without references), which
         ``jax.grad`` takes. Raises InputError for a run that was taught none (``taught_energy``)."""
@@ -114,13 +115,15 @@ class Run:
         """Positions [N, 3] (Å) and graph of one structure, without padding.
 
         ``charge`` and ``spin_multiplicity`` are read from ``atoms.info`` (default: neutral; lowest
-        spin of the electron count; any is taken of a periodic structure). Raises InputError for an
-        element the run was not trained on.
+        spin of the electron count; any is taken of a periodic structure). dtype: "float32" or
+        "float64"; None for the precision the run was trained in, or float32 where JAX has no other.
+        Raises InputError for an element the run was not trained on, an unknown dtype, or float64
+        where JAX has none.
         """
-        return self._graph(self.structure(atoms), dtype)
-
-    def _graph(self, structure: Structure, dtype: Any = None) -> tuple[Array, jraph.GraphsTuple]:
-        dtype = dtype or jax.dtypes.canonicalize_dtype(self.config.training.precision)
+        structure = self.structure(atoms)
+        if dtype is None:
+            dtype = jax.dtypes.canonicalize_dtype(self.config.training.precision)
+        dtype = _checked_dtype(dtype)
         cutoff = self.potential.architecture.cutoff
         edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
         n = len(structure.numbers)
@@ -223,47 +226,51 @@ class Run:
 
     @cached_property
     def batches(self) -> BatchPredictor:
-        """The compiled program that ``predict`` sends many structures through."""
+        """The compiled program that ``predict`` sends structures through."""
         from orbq.inference import BatchPredictor
 
         return BatchPredictor(self, self.targets)
 
     @cached_property
-    def _predict(self) -> Any:
-        targets = self.targets
+    def _stress_batches(self) -> BatchPredictor:
+        from orbq.inference import BatchPredictor
 
-        def evaluate(params: Params, positions: Array, graph: jraph.GraphsTuple) -> Any:
-            return predict(self.potential, params, positions, graph, targets)
+        return BatchPredictor(self, (*self.targets, "stress"))
 
-        return jax.jit(evaluate)
+    def predictor(self, stress: bool = False) -> BatchPredictor:
+        """The one that ``predict`` uses. Raises InputError for the stress of a run that was taught
+        neither energies nor forces."""
+        if stress:
+            require_energy(self)
+        return self._stress_batches if stress else self.batches
 
     @overload
-    def predict(self, atoms: Atoms | Structure) -> dict[str, Any]: ...
+    def predict(self, atoms: Atoms | Structure, *, stress: bool = False) -> dict[str, Any]: ...
 
     @overload
     def predict(
-        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16
+        self, atoms: Iterable[Atoms | Structure], batch_size: int = 16, stress: bool = False
     ) -> Iterator[dict[str, Any]]: ...
 
-    def predict(self, atoms: Any, batch_size: int = 16) -> Any:
-        """Total energy (eV, with references), forces [N, 3] (eV/Å) and charge targets [N, k].
+    def predict(self, atoms: Any, batch_size: int = 16, stress: bool = False) -> Any:
+        """Total energy (eV, with references), forces [N, 3] (eV/Å) and charge targets [N, k]; with
+        ``stress`` that of structures that are periodic in three directions, too: [6] eV/Å^3, xx,
+        yy, zz, yz, xz, xy.
 
         atoms: one structure, for one dict; or a list or any other iterable of them, for an iterator
         of dicts in the same order. Structures are taken as results are asked for, in batches of one
         shape with ``batch_size`` structures on average: a stream of any length needs constant
-        memory. Without energy and forces where neither was taught (``taught_energy``). Raises
-        InputError for a structure that the run cannot take, naming its place.
+        memory. A single one is padded to a shape that is kept, so that a loop over structures of
+        one kind compiles once or twice. Without energy and forces where neither was taught
+        (``taught_energy``). Raises InputError for a structure that the run cannot take, naming its
+        place, and for the stress of a run that was taught neither energies nor forces.
         """
+        predictor = self.predictor(stress)
         if not is_one(atoms):
             from orbq.inference import checked_batch_size
 
-            return self._predict_many(atoms, checked_batch_size(atoms, batch_size))
-        structure = self.structure(atoms)
-        positions, graph = self._graph(structure)
-        out = self._predict(self.params, positions, graph)
-        energy = float(out.energy[0]) + self.reference_energy(structure)
-        charges = {name: np.asarray(values) for name, values in out.charges.items()}
-        return self.known({"energy": energy, "forces": np.asarray(out.forces), **charges})
+            return self._predict_many(predictor, atoms, checked_batch_size(atoms, batch_size))
+        return self.told(predictor.one(self.structure(atoms)))
 
     def evaluate(self, dataset: Dataset | str | Path, split: str | None = None) -> Evaluation:
         """Predictions beside the labels of a data set, with their errors.
@@ -278,11 +285,20 @@ class Run:
         data = dataset if isinstance(dataset, Dataset) else open_dataset(str(dataset))
         return evaluate(self, data, split_rows(self, data, split)[1])
 
-    def _predict_many(self, many: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    def _predict_many(
+        self, predictor: BatchPredictor, many: Iterable[Any], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
         from orbq.inference import predict_structures
 
-        for found in predict_structures(self.batches, usable(self, many), batch_size):
-            yield self.known({"energy": found.energy, "forces": found.forces, **found.targets})
+        for found in predict_structures(predictor, usable(self, many), batch_size):
+            yield self.told(found)
+
+    def told(self, found: Predicted) -> dict[str, Any]:
+        """What ``predict`` gives of it."""
+        from orbq.inference import voigt
+
+        out = self.known({"energy": found.energy, "forces": found.forces, **found.targets})
+        return {name: voigt(out[name]) if name == "stress" else out[name] for name in out}
 
     @property
     def taught_energy(self) -> bool:
@@ -322,6 +338,23 @@ def usable(run: Any, many: Iterable[Atoms | Structure]) -> Iterator[Structure]:
         except InputError as error:
             raise InputError(f"structure {place}: {error}") from error
         yield structure
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    """A type of floats that JAX has at present. Raises InputError for others."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError(f"dtype {dtype!r}: give float32 or float64")
+    if found != jax.dtypes.canonicalize_dtype(found):
+        raise InputError(
+            f"dtype {found}: JAX has only float32 until it is told otherwise: call "
+            'jax.config.update("jax_enable_x64", True) first (orbq.Calculator(run, '
+            'dtype="float64") needs no such call)'
+        )
+    return found
 
 
 def _symbol(z: int) -> str:

@@ -17,7 +17,9 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from tiny_run import random_run, save_run
 
-from orbq.calculator import Calculator, Capacity, SkinNeighbors, _rounded_up
+from orbq.calculator import Calculator, SkinNeighbors
+from orbq.capacity import Capacities, Capacity, rounded_up
+from orbq.ensemble import Ensemble
 from orbq.errors import InputError
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.run import Run
@@ -221,12 +223,33 @@ def test_what_the_run_lacks_is_not_implemented():
     [
         ({"dtype": "float16"}, "float16"),
         ({"skin": -1.0}, "skin"),
+        ({"skin": "a"}, "skin 'a'"),
         ({"charge_target": "dft"}, "predicts atomic"),
     ],
 )
 def test_bad_options(run, options, message):
     with pytest.raises(InputError, match=message):
         Calculator(run, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float64"}, r"dtype of a calculator cannot be changed: make a new one"),
+        ({"skin": 0.1, "xc": "PBE"}, "xc: no parameter of"),
+    ],
+)
+def test_parameters_cannot_be_changed(calculator, changes, message):
+    with pytest.raises(InputError, match=message):
+        calculator.set(**changes)
+
+
+def test_what_is_no_run(run):
+    for wrong in (None, 3, [run]):
+        with pytest.raises(InputError, match=r"is no run: orbq\.Calculator takes a run"):
+            Calculator(wrong)
+    with pytest.raises(InputError, match=r"ensemble\.calculator\(\)"):
+        Calculator(Ensemble([run, run]))
 
 
 def test_a_directory_of_a_float64_run_is_computed_in_full(run, tmp_path):
@@ -269,10 +292,10 @@ def test_skin_changes_nothing(cell):
 
 
 def test_sizes_grow_by_steps():
-    sizes = {_rounded_up(n) for n in range(1, 1025)}
+    sizes = {rounded_up(n) for n in range(1, 1025)}
     assert len(sizes) <= 8 * 16
     for n in range(1, 1025):
-        assert n <= _rounded_up(n) <= max(8, n * 17 / 16 + 1)
+        assert n <= rounded_up(n) <= max(8, n * 17 / 16 + 1)
 
 
 def test_a_large_structure_is_hardly_padded():
@@ -280,6 +303,31 @@ def test_a_large_structure_is_hardly_padded():
     capacity = Capacity(0, 0).holding(1000, 30_000)
     assert capacity.n_edge < 1.07 * 30_000 and capacity.n_node < 1.07 * 1000
     assert capacity.holding(1000, 30_600) is capacity
+
+
+def test_calculators_of_a_run_share_the_sizes_they_are_compiled_for():
+    """Of a path whose images have ever fewer neighbours: none compiles but the first."""
+    run = random_run((), lmax=0, n_layers=1)
+    compilations, numbers = [], set()
+    for k in range(7):
+        atoms = molecule("C2H6") + molecule("C2H6")
+        atoms.positions[8:, 0] += 4.0 + 0.1 * k
+        numbers.add(len(run.graph(atoms)[1].senders))
+        atoms.calc = Calculator(run)
+        expected = -jax.grad(run.energy, argnums=1)(run.params, *run.graph(atoms))
+        np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-5)
+        compilations.append(atoms.calc.compilations)
+    assert len(numbers) == 4
+    assert compilations == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_smallest_known_size_that_is_not_far_too_large():
+    known = Capacities()
+    large = known.holding(100, 2000)
+    small = known.holding(20, 300)
+    assert small != large and known.holding(20, 310) == small
+    assert known.holding(90, 1200) == large
+    assert known.holding(40, 600) not in (small, large)
 
 
 def test_pickled_and_copied():

@@ -10,7 +10,8 @@ import ase.io
 import jax
 import numpy as np
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.db import connect
 from tiny_run import random_run, save_run
 from typer.testing import CliRunner
@@ -70,6 +71,36 @@ def test_a_second_list_compiles_nothing(run):
     assert run.batches.compilations == before
 
 
+def breathing(n: int) -> list[ase.Atoms]:
+    """Ethane ever denser: every one has more neighbours than the one before, or as many."""
+    out = [molecule("C2H6") + molecule("C2H6") for _ in range(n)]
+    for k, atoms in enumerate(out):
+        atoms.positions[8:, 0] += 4.5 - 0.5 * k / n
+    return out
+
+
+def test_one_after_another_they_compile_once(run):
+    """And are predicted as without padding, each alone or as a list of one."""
+    structures = breathing(12)
+    numbers = {len(run.graph(atoms)[1].senders) for atoms in structures}
+    assert len(numbers) == 3
+    fresh = other(run, 1.0)
+    found = [fresh.predict(atoms) for atoms in structures]
+    assert fresh.batches.compilations == 1
+    for atoms, one in zip(structures, found, strict=True):
+        graph = run.graph(atoms)
+        forces = -jax.grad(run.energy, argnums=1)(run.params, *graph)
+        assert one["forces"].shape == (16, 3) and one["atomic"].shape == (16, 1)
+        np.testing.assert_allclose(one["forces"], forces, atol=1e-5)
+        energy = float(run.energy(run.params, *graph))
+        reference = run.reference_energy(run.structure(atoms))
+        assert one["energy"] - reference == pytest.approx(energy, abs=1e-5)
+    lists = [next(fresh.predict([atoms], batch_size=1)) for atoms in structures]
+    assert fresh.batches.compilations == 2  # single ones, and batches
+    for one, alone in zip(lists, found, strict=True):
+        np.testing.assert_allclose(one["forces"], alone["forces"], atol=1e-5)
+
+
 def test_structures_are_taken_as_results_are_asked_for(run):
     taken = []
 
@@ -104,6 +135,25 @@ def test_the_structure_at_fault_is_named(run):
         list(run.predict([molecule("CH4"), "H2O"]))
     with pytest.raises(InputError, match="is no structure: give an"):
         run.graph([molecule("H2O")])
+
+
+def test_the_stress_of_crystals(two):
+    """As the calculator gives it, of one and of many; molecules beside them have none."""
+    run = two[0]
+    crystal = bulk("TiO", "rocksalt", a=4.2, cubic=True)
+    crystal.rattle(0.1, seed=1)
+    molecular = molecule("CH4")
+    expected = orbq.Calculator(run).get_property("stress", crystal)
+    many = list(run.predict([molecular, crystal], stress=True))
+    for found in (run.predict(crystal, stress=True), many[1]):
+        assert found["stress"].shape == (6,)
+        np.testing.assert_allclose(found["stress"], expected, atol=1e-6)
+    assert "stress" not in many[0] and "stress" not in run.predict(molecular, stress=True)
+    assert "stress" not in run.predict(crystal)
+    mean = orbq.Ensemble(two).predict(crystal, stress=True)
+    members = [one.predict(crystal, stress=True)["stress"] for one in two]
+    np.testing.assert_allclose(mean["stress"], np.mean(members, axis=0), atol=1e-7)
+    assert mean["stress_std"].shape == (6,)
 
 
 # --------------------------------------------------------------------------- ensembles
@@ -160,6 +210,22 @@ def test_calculator_of_an_ensemble(two):
     atoms.info["charge"] = 2
     assert atoms.get_charges().sum() == pytest.approx(neutral + 2, abs=1e-4)
     assert atoms.calc.results["charges_std"].shape == (len(atoms),)
+
+
+def test_the_spreads_are_properties(two):
+    """Of ASE's calculators, each asked for alone."""
+    atoms = distorted(1)[0]
+    expected = orbq.Ensemble(two).predict(atoms)
+    calculator = orbq.Ensemble(two).calculator()
+    found = calculator.get_property("energy_std", atoms)
+    assert found == pytest.approx(expected["energy_std"], abs=1e-4)
+    forces = calculator.get_property("forces_std", atoms)
+    np.testing.assert_allclose(forces, expected["forces_std"], atol=1e-5)
+    assert calculator.get_property("charges_std", atoms).shape == (len(atoms),)
+    with pytest.raises(PropertyNotImplementedError):
+        calculator.get_property("stress_std", atoms)
+    assert "charges_std" in calculator.implemented_properties
+    assert "magmoms_std" not in calculator.implemented_properties
 
 
 @pytest.mark.parametrize(

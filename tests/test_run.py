@@ -54,6 +54,20 @@ def test_three_lines_to_forces(run):
     assert predicted["onsite"].shape == (3, 47)
 
 
+def test_the_precision_of_a_graph(run):
+    """What JAX cannot give is refused, and not rounded with a warning."""
+    atoms = molecule("H2O")
+    with pytest.raises(InputError, match="jax_enable_x64"):
+        run.graph(atoms, dtype="float64")
+    for wrong in ("float", "double8", np.int32):
+        with pytest.raises(InputError, match="dtype"):
+            run.graph(atoms, dtype=wrong)
+    with jax.enable_x64(True):
+        positions, graph = run.graph(atoms, dtype="float64")
+    assert positions.dtype == graph.edges["shifts"].dtype == np.float64
+    assert run.graph(atoms)[0].dtype == np.float32
+
+
 def test_charge_and_spin_from_info(run):
     atoms = molecule("H2O")
     atoms.info.update(total_charge=1, multiplicity=4)
