@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from orbq import checkpoint
 from orbq.capacity import Capacities
-from orbq.compiled import Counted
+from orbq.compiled import Counted, available_dtype
 from orbq.config import Config
 from orbq.errors import InputError, OrbqError
 from orbq.models.potential import Params, Potential, energy_fn, make_potential, smallest_graph
@@ -123,7 +123,7 @@ class Run:
         structure = self.structure(atoms)
         if dtype is None:
             dtype = jax.dtypes.canonicalize_dtype(self.config.training.precision)
-        dtype = _checked_dtype(dtype)
+        dtype = available_dtype(dtype)
         cutoff = self.potential.architecture.cutoff
         edges = neighbor_list(structure.positions, cutoff, structure.cell, structure.pbc)
         n = len(structure.numbers)
@@ -338,23 +338,6 @@ def usable(run: Any, many: Iterable[Atoms | Structure]) -> Iterator[Structure]:
         except InputError as error:
             raise InputError(f"structure {place}: {error}") from error
         yield structure
-
-
-def _checked_dtype(dtype: Any) -> np.dtype:
-    """A type of floats that JAX has at present. Raises InputError for others."""
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise InputError(f"dtype {dtype!r}: give float32 or float64")
-    if found != jax.dtypes.canonicalize_dtype(found):
-        raise InputError(
-            f"dtype {found}: JAX has only float32 until it is told otherwise: call "
-            'jax.config.update("jax_enable_x64", True) first (orbq.Calculator(run, '
-            'dtype="float64") needs no such call)'
-        )
-    return found
 
 
 def _symbol(z: int) -> str:
