@@ -281,6 +281,9 @@ def config_from_json(text: str, source: str = "configuration") -> Config:
         raise InputError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{source}: must be a JSON object of sections")
+    model = document.get("model")
+    if isinstance(model, dict) and model.get("backbone") == "mace":
+        model.setdefault("product_init", 1.0)  # what they began with before there was the key
     return parse_config(document, source)
 
 

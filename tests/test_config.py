@@ -243,6 +243,11 @@ def test_stored_configs_read_back_unchanged(tmp_path: Path) -> None:
         }
     )
     assert config_from_json(config.model_dump_json()) == config
+    for backbone, start in (("mace", 1.0), ("nequip", 0.2)):  # kept before there was the key
+        document = config.model_dump(mode="json")
+        document["model"]["backbone"] = backbone
+        del document["model"]["product_init"]
+        assert config_from_json(json.dumps(document)).model.product_init == start
     assert load_config(write(tmp_path, config.model_dump_toml())).data == config.data
     for wrong in ("{", "[]", "[" * 100_000):
         with pytest.raises(InputError, match=r"config\.json"):

@@ -15,8 +15,12 @@ MOLECULES = [of_name(name) for name in ("CH3CH2OH", "C6H6", "CH3COCl")]
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
-@pytest.mark.parametrize("backbone", ["nequip", "mace"])
-def test_forces_at_the_start_do_not_grow_with_depth(backbone: str, n_layers: int) -> None:
+@pytest.mark.parametrize(("backbone", "most"), [("nequip", 10.0), ("mace", 3.0)])
+def test_forces_at_the_start_do_not_grow_with_depth(
+    backbone: str, most: float, n_layers: int
+) -> None:
+    """Of molecules rattled by 0.1 Å, whose own forces are some eV/Å; products that begin as large
+    as the features have 4 with one layer, 1e4 with two, 1e13 with four."""
     architecture = Architecture(
         backbone=backbone, n_layers=n_layers, n_channels=16, lmax=2, cutoff=5.0
     )
@@ -31,8 +35,8 @@ def test_forces_at_the_start_do_not_grow_with_depth(backbone: str, n_layers: int
     forces = quick_jit(
         jax.vmap(lambda p: predict(potential, p, positions, graph).forces, in_axes=0)
     )(params)
-    sizes = np.sqrt(np.mean(np.square(forces), axis=(1, 2)))  # of the scale of the data
-    assert np.all((sizes > 0.01) & (sizes < 20)), sizes
+    sizes = np.sqrt(np.mean(np.square(forces), axis=(1, 2)))
+    assert np.all((sizes > 0.01) & (sizes < most)), sizes
 
 
 def test_a_parameter_is_drawn_with_a_spread_for_each_row() -> None:
