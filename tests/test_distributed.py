@@ -44,7 +44,7 @@ from orbq.stages import make_stages
 from orbq.train import make_init, make_train_step
 
 ROOT = Path(__file__).parents[1]
-PARTS, STEPS = 8, 6
+PARTS, PRETRAIN, STEPS = 8, 2, 6
 # float32 sums in another order (1e-7), which Adam's division by the gradient's size enlarges where
 # that is small, over six steps
 ROUNDING = 2e-4
@@ -64,7 +64,7 @@ def shared_config(data: Path, directory: Path, **training: Any) -> Config:
         "batch_size": 16,
         "batches_per_update": PARTS,
         "n_steps": STEPS,
-        "pretrain_steps": 2,
+        "pretrain_steps": PRETRAIN,
         "validate_every": 1,
         "checkpoint_every": 2,
     }
@@ -166,6 +166,16 @@ def start_two(config: Path, tmp_path: Path, slurm: bool = False) -> list[subproc
     ]
 
 
+def packed_by_stage(written: Path) -> dict[int, list[list[int]]]:
+    """Batches of each stage in the order of packing, which is ahead of the updates: how many were
+    packed for updates that a stage no longer made differs between processes."""
+    stages: dict[int, list[list[int]]] = {}
+    for line in written.read_text().splitlines():
+        stage, *items = json.loads(line)
+        stages.setdefault(stage, []).append(items)
+    return stages
+
+
 def test_two_processes_share_a_run_and_are_preempted_together(data, one_device, tmp_path):
     """Each packs its own part; SIGTERM to either checkpoints and ends both; one goes on alone."""
     reference, run = one_device[0], tmp_path / "run"
@@ -186,17 +196,16 @@ def test_two_processes_share_a_run_and_are_preempted_together(data, one_device, 
     assert [p.returncode for p in processes] == [143, 143], told
     assert all(re.search(r"stopped by SIGTERM at step \d", text) for text in told)
     n_steps = len(records(run))
-    assert 4 <= n_steps < STEPS + 2
+    assert 4 <= n_steps < STEPS + PRETRAIN
     assert_same_curve(run, reference, n_steps)
-    packed = [
-        [json.loads(line) for line in (tmp_path / f"packed{n}").read_text().splitlines()]
-        for n in range(2)
-    ]
-    half = PARTS // 2
-    for update in range(n_steps):  # four batches each, no structure twice
-        rows = slice(update * half, (update + 1) * half)
-        mine = [[item for batch in own[rows] for item in batch] for own in packed]
-        assert all(mine) and len({*mine[0], *mine[1]}) == len(mine[0]) + len(mine[1])
+    packed = [packed_by_stage(tmp_path / f"packed{n}") for n in range(2)]
+    for stage, n_updates in enumerate((PRETRAIN, n_steps - PRETRAIN)):
+        for update in range(n_updates):  # four batches each, no structure twice
+            rows = slice(update * PARTS // 2, (update + 1) * PARTS // 2)
+            batches = [own[stage][rows] for own in packed]
+            assert [len(own) for own in batches] == [PARTS // 2] * 2
+            mine = [[item for batch in own for item in batch] for own in batches]
+            assert all(mine) and len({*mine[0], *mine[1]}) == len(mine[0]) + len(mine[1])
     fit(config)  # in this process alone
     assert_same_curve(run, reference)
 
