@@ -4,7 +4,8 @@
 
 Networks of the same form on the complexes of tmc_data.py, split by complex: energies and forces
 alone, after GFN1-xTB labels of complexes without DFT, after such labels of distorted complexes
-too, which stay in each batch, and from the embedded network, which was taught these for longer; and
+too, which stay in each batch, from the embedded network, which was taught these for longer, and
+from one like it with the DFT of about twice as many complexes ("more", three times the steps); and
 GFN1-xTB itself (tblite), which tells what is not the networks' fault. Of the test split the first
 structures of ten complexes (six atoms or more) run in a thermostat (Langevin, 0.5 fs, float32) from
 where the data have them. Told for each: the mean temperature of the second half, the shortest
@@ -26,7 +27,7 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from study import record, trained
 from tblite.ase import TBLite
-from tmc_data import CONFIG, FROM_METALS, make_grown, make_hot, taught
+from tmc_data import CONFIG, FROM_METALS, MORE, make_grown, make_hot, taught
 
 import orbq
 from orbq.data import split_of
@@ -49,6 +50,13 @@ ARMS = {
         "training.batch_size=16",
     ),
     "gfn1-metals": (*FROM_METALS, "loss.weights.xtb_forces=1"),
+    "more": (
+        *FROM_METALS,
+        "loss.weights.xtb_forces=1",
+        "training.initial='@anew'",
+        "training.n_steps=12000",
+        "training.weight_decay=0.05",
+    ),
 }
 
 
@@ -108,6 +116,14 @@ def dynamics(atoms: Atoms, calculator: Calculator, picoseconds: float) -> dict[s
     }
 
 
+def _with_more(place: Path) -> dict[str, str]:
+    """Twice as many complexes with DFT, and a network taught the labels of the others; the split,
+    by names, holds out the same of those that both sets have."""
+    words = make_grown(place, MORE)
+    words["@hot"] = make_hot(place, MORE)
+    return words | {"@anew": taught(place, words["@hot"], "anew", 0)}
+
+
 def main() -> None:
     """Train, run, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -121,9 +137,11 @@ def main() -> None:
     teaches = {"gfn1-first": ("@all", "@rest", "all"), "gfn1-hot": ("@taught", "@hot", "hot")}
     for word, rest, kind in (teaches[arm] for arm in given.arms if arm in teaches):
         words[word] = taught(given.work / "data", words[rest], kind, 0)
+    twice = _with_more(given.work / "data-more") if "more" in given.arms else {}
     place = given.work / "md"
     for arm in given.arms:
-        run = None if arm == ITSELF else trained(CONFIG, [*COMMON, *ARMS[arm]], words, place / arm)
+        own = twice if arm == "more" else words
+        run = None if arm == ITSELF else trained(CONFIG, [*COMMON, *ARMS[arm]], own, place / arm)
         for name, atoms in held_out(words["@data"], given.n):
             calculator = _gfn1(atoms) if run is None else orbq.Calculator(run)
             what = {"arm": arm, "complex": name, "ps": given.ps}

@@ -18,6 +18,8 @@ from study import main, make_delta
 from tmc_data import (
     CONFIG,
     FROM_METALS,
+    GROWN,
+    MORE,
     TAUGHT,
     make_grown,
     make_hot,
@@ -277,7 +279,8 @@ STUDIES["grown_mean"] = _curves(
     splits=CHOOSING | SUBSETS,
 )
 # energies without forces, as on QM7 and in the paper: is it the forces that leave charges little?
-_NO_FORCES = (*_BOTH_LONG, _ONCE, "ablation.weights=[0.0, 1.0, 8.0]", "loss.weights.forces=0")
+_ENERGIES = (*_BOTH_LONG, _ONCE, "loss.weights.forces=0")
+_NO_FORCES = (*_ENERGIES, "ablation.weights=[0.0, 1.0, 8.0]")
 STUDIES["grown_energies_hot"] = _curves(
     (name, n, (*_NO_FORCES, *changes))
     for name, n, changes in (("own", 0, ()), ("own", 200, ()), ("wide", 0, _WIDE))
@@ -302,11 +305,30 @@ STUDIES["grown_long_hot"] = {
 # charges of the reference method against GFN1's, from one an atom to the whole block
 STUDIES["grown_dft"] = {f"dft-{s}": (*_split(s), *_OWN, *_CHARGES) for s in GROWN_SPLITS}
 
+# of twice as many complexes with DFT: to their ends, and energies without forces as in stand_in
+STUDIES["more_anew"] = _curves(
+    (
+        ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
+        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+        ("own", 0, (*_BOTH_LONG, _ONCE)),
+    ),
+    splits=SUBSETS | FIFTH,
+)
+STUDIES["more_energies"] = _curves(
+    (
+        ("own", 0, (*_ENERGIES, _DECAYED, "training.n_steps=24000")),
+        ("wide", 0, (*_ENERGIES, _DECAYED, "training.n_steps=24000", *_WIDE)),
+    ),
+    splits=SUBSETS | FIFTH,
+)
+
 
 def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the sets and teach the networks that a study begins from, once."""
-    if study.startswith("grown"):
-        words = make_grown(place)
+    if study.startswith(("grown", "more")):
+        files = MORE if study.startswith("more") else GROWN
+        place = place.with_name("data-more") if files is MORE else place
+        words = make_grown(place, files)
         if study == "grown_delta_hot":
             words["@delta"] = str(place / "grown-delta")
             make_delta(place / "grown", place / "grown-delta")
@@ -315,7 +337,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             words["@stand-in"] = make_stand_in(place)
         distorted = kind in ("hot", "longer", "further", "anew", "mean")
         if distorted:
-            words["@hot"] = make_hot(place)
+            words["@hot"] = make_hot(place, files)
         if kind == "mean":
             words |= make_means(place)
         kind = {"control": "forces"}.get(kind, kind if kind in TAUGHT else "all")

@@ -25,6 +25,7 @@ EMBEDDED = HERE.parent / "orbq" / "data"
 CONFIG = HERE / "tmc.toml"
 # make_tmc.py --seed 3000 with DFT, and --seed 4000 --per-metal 200 --structures-only
 GROWN = (EMBEDDED / "tmc.extxyz.gz", HERE / "data" / "tmc_3000.extxyz.gz")
+MORE = (*GROWN, HERE / "data" / "tmc_3000_more.extxyz.gz")  # and the seed's next ones
 UNLABELLED = (
     EMBEDDED / "tmc_unlabelled.extxyz.gz",
     HERE / "data" / "tmc_4000_unlabelled.extxyz.gz",
@@ -67,23 +68,23 @@ FROM_METALS = (
 )
 
 
-def make_grown(place: Path) -> dict[str, str]:
+def make_grown(place: Path, files: tuple[Path, ...] = GROWN) -> dict[str, str]:
     """Label all complexes with DFT (@data), and those without (@rest), less the complexes with."""
-    known = [frame for path in GROWN for frame in _frames(path)]
+    known = [frame for path in files for frame in _frames(path)]
     preprocess(known, place / "grown")
     preprocess(_rest(known), place / "grown-rest")
     return {"@data": str(place / "grown"), "@rest": str(place / "grown-rest")}
 
 
-def make_hot(place: Path) -> str:
+def make_hot(place: Path, files: tuple[Path, ...] = GROWN) -> str:
     """Label the complexes without DFT as they are, rattled, and with one ligand drawn away or
     pushed in: what dynamics meet and relaxed structures do not tell."""
-    preprocess(_hot(), place / "grown-hot")
+    preprocess(_hot(files), place / "grown-hot")
     return str(place / "grown-hot")
 
 
-def _hot() -> list[Atoms]:
-    rest = _rest([frame for path in GROWN for frame in _frames(path)])
+def _hot(files: tuple[Path, ...]) -> list[Atoms]:
+    rest = _rest([frame for path in files for frame in _frames(path)])
     rng = np.random.default_rng(0)
     return rest + [distorted(f, rng, d) for f in rest for d in (0.0, 1.0)]
 
@@ -92,7 +93,7 @@ def make_means(place: Path) -> dict[str, str]:
     """The mean energies and forces of two methods in place of GFN1's, of the complexes with DFT
     (@data) and of those that make_hot labels (@hot)."""
     known = [frame for path in GROWN for frame in _frames(path)]
-    words = {"@data": ("grown", known), "@hot": ("grown-hot", _hot())}
+    words = {"@data": ("grown", known), "@hot": ("grown-hot", _hot(GROWN))}
     for name, frames in words.values():
         preprocess(frames, place / f"{name}-mean", Recipe(MEAN))
     return {word: str(place / f"{name}-mean") for word, (name, _) in words.items()}
