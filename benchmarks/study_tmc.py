@@ -258,6 +258,7 @@ STUDIES["grown_unsloped_hot"] = _curves(
         ("wide", 0, (*_BOTH_LONG, *_WIDE, _ONCE)),
         ("taught", 0, _FROM_METALS),
         ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+        ("longest_decayed", 0, (*_LONGEST, _NO_SLOPE, _DECAYED)),  # as taught_long
         ("taught", 400, _FROM_METALS),
         ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED)),
         *(("alone", n, _UNSLOPED_ALONE) for n in SIZES),
@@ -309,7 +310,7 @@ STUDIES["grown_dft"] = {f"dft-{s}": (*_split(s), *_OWN, *_CHARGES) for s in GROW
 STUDIES["more_anew"] = _curves(
     (
         ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
-        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+        ("longest_decayed", 0, (*_LONGEST, _NO_SLOPE, _DECAYED)),
         ("own", 0, (*_BOTH_LONG, _ONCE)),
     ),
     splits=SUBSETS | FIFTH,
