@@ -189,7 +189,7 @@ _PAIRS = {
 }
 STUDIES["longest"] = {
     f"{name}-{n}-{subset}": (*arm, *pair, f"training.n_steps={4 * _STEPS[n]}")
-    for n in (4000, 1600, 800, 400)
+    for n in (4000, 1600, 800, 400, 200, 100)
     for subset, pair in _PAIRS.items()
     for name, arm in (
         ("onsite", _own(n, "onsite")),
