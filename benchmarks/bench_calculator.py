@@ -34,7 +34,7 @@ import numpy as np
 from ase.build import molecule
 
 import orbq
-from orbq.calculator import Capacity, padded
+from orbq.capacity import Capacity, padded
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bench_calculator.jsonl"

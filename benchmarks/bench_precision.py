@@ -166,7 +166,8 @@ def show() -> None:
             values = np.array([row["validation"][-1][name] for row in own])
             base = [latest["float32", row["seed"]]["validation"][-1][name] for row in own]
             ratio, n = values / base, len(own)
-            cells.append(f"{values.mean():.4g} ({ratio.mean():.3f} ± {ratio.std(ddof=n > 1):.3f})")
+            error = ratio.std(ddof=n > 1) / n**0.5
+            cells.append(f"{values.mean():.4g} ({ratio.mean():.3f} ± {error:.3f})")
         changes = [list(row["rounding"].values()) for row in own if row["rounding"]]
         rounding = ", ".join(f"{x:.3g}" for x in np.mean(changes, 0)) if changes else "-"
         print(f"{arm:<15}" + "".join(f"{cell:>30}" for cell in cells) + f"   {rounding}")
