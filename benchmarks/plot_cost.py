@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.ticker import NullLocator
 from plot_taught import NAMES
-from plot_tmc import LABELS, RESULTS, UNITS, kind_and_size
+from plot_tmc import LABELS, RESULTS, UNITS, kind_and_size, room_above
 
 from orbq.plots import COLOURS, MARKERS, new_figure, plain_log, save
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, dict[int, Point]], path: Path) -> Path:
-    """Errors against CPU hours."""
+    """Errors, means over the splits, against CPU hours."""
     figure, axes = new_figure(2, (4.0, 3.6), 2)
     for axis, (metric, name) in zip(axes, LABELS.items(), strict=True):
         for i, (arm, curve) in enumerate(found.items()):
@@ -127,7 +127,8 @@ def draw(found: dict[str, dict[int, Point]], path: Path) -> Path:
         axis.set_xticks([0.5, 1, 2, 3], ["0.5", "1", "2", "3"])
         axis.xaxis.set_minor_locator(NullLocator())
         plain_log(axis)
-    axes[0].legend(frameon=False, fontsize="small")
+    room_above(axes[0])
+    axes[0].legend(frameon=False, fontsize="small", loc="upper right")
     return save(figure, path)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from curves import Errors, change_text, compare, draw_curves, mean
+from matplotlib.axes import Axes
 from scipy.stats import t as student
 
 from orbq.equivalence import factor_text
@@ -187,10 +188,15 @@ def draw_both_curves(
         draw_curves(axis, {name: table[arm] for arm, name in names.items()})
         axis.set_xlabel("structures with DFT")
         axis.set_ylabel(f"test MAE of {LABELS[metric]} ({UNITS[metric]})")
-    low, high = axes[0].get_ylim()
-    axes[0].set_ylim(low, high * (high / low) ** 0.2)  # room for the legend above the curves
+    room_above(axes[0])
     axes[0].legend(frameon=False, fontsize="small", loc="upper right")
     return save(figure, path)
+
+
+def room_above(axis: Axes) -> None:
+    """Room for a legend above the curves of logarithmic axes."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.2)
 
 
 def draw(tables: dict[str, dict[str, Errors]], path: Path) -> Path:
