@@ -310,7 +310,7 @@ STUDIES["grown_dft"] = {f"dft-{s}": (*_split(s), *_OWN, *_CHARGES) for s in GROW
 STUDIES["more_anew"] = _curves(
     (
         ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
-        ("longest_decayed", 0, (*_LONGEST, _NO_SLOPE, _DECAYED)),
+        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
         ("own", 0, (*_BOTH_LONG, _ONCE)),
     ),
     splits=SUBSETS | FIFTH,
