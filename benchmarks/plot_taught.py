@@ -1,5 +1,6 @@
 """Metal complexes without a slope in the charge: the table and picture of study_tmc.py's
-`grown_unsloped_hot`, `grown_taught_hot`, `grown_delta_hot` and `grown_energies_hot`.
+`grown_unsloped_hot`, `grown_taught_hot`, `grown_delta_hot` and `grown_energies_hot`; and what else
+is held against them: `grown_second_anew`, `grown_mean`, `more_anew`.
 
     python benchmarks/plot_taught.py
 
@@ -144,6 +145,20 @@ def tell_others(curves: dict[str, Curves]) -> None:
                 print(f"{told}, {LABELS[metric]}: {mean(errors):.0f}{changes}")
 
 
+def tell_more(curves: dict[str, Curves]) -> None:
+    """With twice as many complexes in training, to the ends of both arms; and what they bring to
+    each, beside the same split without them (whose test complexes are among the others' now)."""
+    for metric, table in curves.items():
+        found = read_from([RESULTS / "tmc_more_anew.jsonl"], metric)
+        base, arm = found["longest"][ALL], found["taught_long"][ALL]
+        both = [{k: errors[k] for k in arm if k in base} for errors in (arm, base)]
+        means = " against ".join(f"{mean(errors):.0f}" for errors in both)
+        print(f"{LABELS[metric]}: more complexes: {means}, {change_text(change(arm, base)[0])}")
+        for name, errors, before in (("alone", base, "alone"), ("labels first", arm, "taught")):
+            gain = change_text(change(errors, table[before][ALL])[0])
+            print(f"    to half as many, {name}: {mean(errors):.0f}, {gain}")
+
+
 if __name__ == "__main__":
     found = {metric: read(metric) for metric in LABELS}
     tell(found)
@@ -151,4 +166,5 @@ if __name__ == "__main__":
     tell_charges(found)
     tell_energies()
     tell_others(found)
+    tell_more(found)
     print(draw_both_curves(found, NAMES, RESULTS / "tmc_taught.png"))
