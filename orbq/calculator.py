@@ -4,8 +4,9 @@
     atoms.get_potential_energy(), atoms.get_forces()
 
 Made for dynamics: neighbours are kept with a skin and searched anew only when an atom has moved by
-half of it, and the arrays are padded to a capacity that grows by steps, so that a trajectory
-runs through one compiled program. Units: eV, Å, eV/Å, eV/Å^3, e, e Å.
+half of it or the cell has changed, and the arrays are padded to a capacity that grows by steps, so
+that a trajectory runs through one compiled program, or of a crystal, whose shells of neighbours
+come within the cutoff all at once, through a few. Units: eV, Å, eV/Å, eV/Å^3, e, e Å.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Calculator(AseCalculator):
     moment is that of the atomic charges as points, about the centre of mass (which matters only
     for an ion), of structures that are not periodic. Calculators can be pickled, and those of
     one loaded run share what is compiled, and the capacities it was compiled for: each image of a
-    path may have its own.
+    path may have its own. One calculator is for one thread, as ASE's are: give each thread its own.
 
     Raises InputError for what is no run, an unknown dtype, a skin that is no number or negative,
     or a charge target that the run lacks.

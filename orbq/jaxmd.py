@@ -82,7 +82,10 @@ def jax_md(
     (Sparse, the default, or Dense).
 
     Keyword arguments of ``energy_fn`` go to ``displacement``; the derivative with respect to a
-    ``box`` there is that of the energy. Precision is that of the positions.
+    ``box`` there is that of the energy, which is not a number once that box is less than twice the
+    cutoff wide. jax-md searches neighbours anew when atoms have moved, not when the box has shrunk:
+    call ``allocate`` with the new box well before it has done so by ``skin / (cutoff + skin)``, or
+    atoms that came near are missed. Precision is that of the positions.
 
     Raises OrbqError without jax-md, InputError for a structure that the run cannot take, a run that
     was taught no energies, half neighbour lists, a periodic structure without a box, a box with
@@ -152,7 +155,10 @@ def _energy_fn(
             },
         )
         params = jax.tree.map(lambda p: jnp.asarray(p, dtype), run.params)
-        return energy(params, jnp.zeros((n, 3), dtype), graph)
+        found = energy(params, jnp.zeros((n, 3), dtype), graph)
+        if kwargs.get("box") is None:
+            return found
+        return jnp.where(_widths(kwargs["box"]).min() < 2 * cutoff, jnp.nan, found)
 
     return energy_fn
 
@@ -184,10 +190,17 @@ def _check_not_rows(box: np.ndarray, structure: Structure) -> None:
         )
 
 
+def _widths(box: Any) -> Array:
+    """Distances of the box's opposite faces, Å."""
+    box = jnp.asarray(box)
+    if box.ndim < 2:
+        return jnp.atleast_1d(box)
+    return 1 / jnp.linalg.norm(jnp.linalg.inv(box), axis=1)
+
+
 def _check_box(box: np.ndarray, reach: float) -> None:
     """jax-md takes the nearest image only. Raises InputError where that is not enough."""
-    matrix = box.ndim == 2  # distances of lattice planes
-    widths = 1 / np.linalg.norm(np.linalg.inv(box), axis=1) if matrix else np.atleast_1d(box)
+    widths = np.asarray(_widths(box))
     if widths.min() < 2 * reach:
         raise InputError(
             f"the box is {widths.min():.2f} Å wide, less than twice the cutoff and skin, "

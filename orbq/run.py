@@ -30,7 +30,7 @@ from orbq.errors import InputError, OrbqError
 from orbq.models.potential import Params, Potential, energy_fn, make_potential, smallest_graph
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.check import check_predicted
-from orbq.preprocess.flat import near_origin
+from orbq.preprocess.flat import folded, near_origin
 from orbq.preprocess.frames import Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES, Failure, Reader
@@ -143,7 +143,8 @@ class Run:
         return jnp.asarray(near_origin(structure.positions, np.array([n])), dtype), graph
 
     def structure(self, atoms: Atoms | Structure) -> Structure:
-        """The checked structure of an ``ase.Atoms``."""
+        """The checked structure of an ``ase.Atoms``; atoms that have left the cell by far are in it
+        again."""
         if isinstance(atoms, Structure):
             structure = atoms
         elif not is_one(atoms):
@@ -164,7 +165,8 @@ class Run:
         if reason := check_predicted(structure):
             raise InputError(f"the structure cannot be used: {reason}")
         self._warn_of_state(structure)
-        return structure
+        x, cell, pbc = structure.positions, structure.cell, structure.pbc
+        return structure._replace(positions=folded(x, cell, pbc))
 
     def _warn_of_state(self, structure: Structure) -> None:
         """Once for every total charge and multiplicity that no training structure had."""

@@ -126,6 +126,19 @@ def test_a_box_that_is_too_small(run):
         orbq.jax_md(run, atoms, displacement, 4.2)
 
 
+def test_a_box_that_has_become_too_small_gives_no_number(run):
+    atoms = crystal()
+    box = jnp.asarray(atoms.cell.array.T)
+    displacement, _ = space.periodic_general(box, fractional_coordinates=True)
+    potential = orbq.jax_md(run, atoms, displacement, box, fractional_coordinates=True)
+    x = jnp.asarray(atoms.get_scaled_positions())
+    neighbors = potential.neighbor_fn.allocate(x)
+    plain = potential.energy_fn(x, neighbor=neighbors)
+    assert potential.energy_fn(x, neighbor=neighbors, box=box) == pytest.approx(float(plain))
+    assert np.isfinite(potential.energy_fn(x, neighbor=neighbors, box=0.9 * box))
+    assert np.isnan(potential.energy_fn(x, neighbor=neighbors, box=0.7 * box))
+
+
 def test_lattice_vectors_in_rows_are_refused(run):
     """ASE has them in rows, jax-md in columns: a tilted cell would be another one, in silence."""
     atoms = bulk("TiO", "rocksalt", a=4.2, cubic=True).repeat(3)

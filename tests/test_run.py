@@ -158,6 +158,21 @@ def test_where_a_structure_lies_costs_no_digits(run):
         assert there["energy"] == pytest.approx(here["energy"], abs=1e-4)
 
 
+@pytest.mark.parametrize("pbc", [True, (True, True, False)])
+def test_periodic_atoms_that_have_left_the_cell_by_far_cost_no_digits(run, pbc):
+    """As after long diffusion, each by another lattice vector; near the cell nothing is moved."""
+    atoms = molecule("CH3OH", cell=[[7, 0, 0], [1, 8, 0], [0, 2, 9]], pbc=pbc)
+    here = run.predict(atoms)
+    np.testing.assert_array_equal(run.structure(atoms).positions, atoms.positions)
+    steps = np.random.default_rng(0).integers(-40_000, 40_001, (len(atoms), 3)) * atoms.pbc
+    atoms.positions += steps @ atoms.cell.array
+    atoms.calc = orbq.Calculator(run)
+    with_calculator = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    for there in (run.predict(atoms), next(run.predict([atoms])), with_calculator):
+        np.testing.assert_allclose(there["forces"], here["forces"], atol=1e-4)
+        assert there["energy"] == pytest.approx(here["energy"], abs=1e-4)
+
+
 def test_element_that_charges_alone_have_taught(run):
     known = run.references["energy"]
     element = np.array(known.known)

@@ -50,5 +50,7 @@ def test_what_a_script_imports_exists(path):
 
 
 def test_a_moved_name_is_found():
-    source = "def late():\n    from orbq.calculator import Calculator, Capacity_\n    import orbq.gone"
+    source = (
+        "def late():\n    from orbq.calculator import Calculator, Capacity_\n    import orbq.gone"
+    )
     assert missing(source) == ["orbq.calculator.Capacity_", "orbq.gone"]

@@ -91,3 +91,19 @@ def near_origin(positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     far = np.maximum.reduceat(np.abs(positions).max(1), starts) > FAR
     centre = np.add.reduceat(positions, starts) / counts[:, None]
     return positions - np.repeat(np.where(far[:, None], centre, 0.0), counts, axis=0)
+
+
+def folded(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """Positions [n, 3] of one structure; if atoms lie FAR and more than a cell from its centre, as
+    after long diffusion, each moved by whole lattice vectors into the cell: float32 would not know
+    their distances."""
+    if not pbc.any():
+        return positions
+    limit = FAR + np.linalg.norm(cell, axis=1).sum()
+    if np.abs(positions - positions.mean(0)).max() <= limit:
+        return positions
+    from ase.geometry import complete_cell
+
+    full = complete_cell(np.where(pbc[:, None], cell, 0.0))
+    steps = np.floor(positions @ np.linalg.inv(full)) * pbc
+    return positions - steps @ full
