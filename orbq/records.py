@@ -25,7 +25,7 @@ from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import Constants, Potential, smallest_graph
 from orbq.orbitals import GFN1
-from orbq.preprocess.links import make_directory, refuse_links
+from orbq.preprocess.links import make_directory, refuse_brackets, refuse_links
 from orbq.preprocess.pack import Packer
 from orbq.preprocess.pool import Pool
 from orbq.preprocess.store import Dataset, write_atomically
@@ -173,6 +173,7 @@ def claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack) 
             "choose another run.directory, or start anew with --overwrite (which deletes it)"
         )
     if not held:
+        refuse_brackets(directory, "run.directory")
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     return bool(held)

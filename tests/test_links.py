@@ -219,3 +219,14 @@ def test_a_directory_that_cannot_be_made_is_refused_by_the_option_that_names_it(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"^--out .*file/c: .*cannot be made \(Not a directory\)"):
         make_directory(tmp_path / "file" / "c", "--out")
+
+
+# --------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("begin", [fit, run_ablation])
+@pytest.mark.parametrize("name", ["z[1]", "g[1]/run"])
+def test_a_path_in_which_checkpoints_cannot_be_read_is_refused_at_once(tmp_path, begin, name):
+    with pytest.raises(InputError, match=r"run\.directory .* a path with '\[' cannot be read"):
+        begin(config_in(tmp_path / name))
+    assert not (tmp_path / name).exists()

@@ -50,8 +50,9 @@ def test_usual_names_are_found(tmp_path, name, forces):
     assert (s.total_charge, s.spin_multiplicity, s.stress, s.dft_charges) == (0, 1, None, None)
 
 
-def test_charge_spin_group_and_charges(tmp_path):
-    text = water("charge=-1 multiplicity=2 group=aqua", ":dft_mulliken:R:1", "0.5")
+@pytest.mark.parametrize("names", ["charge=-1 multiplicity=2", "Charge=-1 Multiplicity=2"])
+def test_charge_spin_group_and_charges(tmp_path, names):
+    text = water(f"{names} group=aqua", ":dft_mulliken:R:1", "0.5")
     s = one(write(tmp_path / "a.xyz", text))
     assert (s.total_charge, s.spin_multiplicity, s.group) == (-1, 2, "aqua")
     np.testing.assert_array_equal(s.dft_charges, [0.5, 0.5, 0.5])

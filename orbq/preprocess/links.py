@@ -1,4 +1,4 @@
-"""A directory that is written to: making it, and links, which lead to files outside of it."""
+"""A directory that is written to: making it, its name, and links to files outside of it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def refuse_links(
                 f"{path} is a link out of {directory}, and orbq writes to no file outside of it: "
                 f"take it away, or choose another {option}"
             )
+
+
+def refuse_brackets(directory: Path, option: str) -> None:
+    """Refuse a place of checkpoints whose path holds "[": Orbax looks for what it has written by a
+    pattern, does not find it there, and leaves a checkpoint that nothing can read.
+
+    Raises InputError.
+    """
+    if "[" in str(directory.absolute()):
+        raise InputError(
+            f"{option} {directory.absolute()}: checkpoints in a path with '[' cannot be read; "
+            "choose one without"
+        )
 
 
 def make_directory(directory: Path, option: str) -> None:

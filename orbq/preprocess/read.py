@@ -31,8 +31,8 @@ DEFAULT_NAMES: dict[str, tuple[str, ...]] = {
         *("Forces",),
     ),
     "stress": ("REF_stress", "ref_stress", "dft_stress", "stress", *VIRIALS),
-    "charge": ("total_charge", "charge", "net_charge", "molecular_charge"),
-    "spin": ("spin_multiplicity", "multiplicity", "spin"),
+    "charge": ("total_charge", "charge", "Charge", "net_charge", "molecular_charge"),
+    "spin": ("spin_multiplicity", "multiplicity", "Multiplicity", "spin"),
     "dft_charges": (
         *("dft_charges", "REF_charges", "dft_mulliken", "mulliken_charges", "mulliken"),
         *("hirshfeld_charges", tmqm.CHARGES, "charges"),

@@ -36,7 +36,7 @@ from orbq.initial import INITIAL, check_apart, check_initial, with_own_copy
 from orbq.lock import alone_in
 from orbq.models.heads import n_parameters
 from orbq.models.potential import make_potential
-from orbq.preprocess.links import make_directory, refuse_links
+from orbq.preprocess.links import make_directory, refuse_brackets, refuse_links
 from orbq.preprocess.store import write_atomically
 from orbq.records import changed_array
 from orbq.run_files import CHECKPOINTS
@@ -188,6 +188,7 @@ def _claim(directory: Path, config: Config, overwrite: bool, held_by: ExitStack)
     if held:
         check_continues(directory, config)
     else:
+        refuse_brackets(directory, "run.directory")
         make_directory(place, "run.directory")
         held_by.enter_context(alone_in(place))
     document = {
