@@ -299,7 +299,7 @@ STUDIES["first_longest"] = {
         *_first(n, "mean", replicate),
         f"training.n_steps={4 * _STEPS[n]}",
     )
-    for n in (4000, 1600)
+    for n in (4000, 1600, 800, 400, 200, 100)
     for replicate in range(4)
 }
 # the same in the larger network that charges of the same molecules want
