@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orbq import __version__
-from orbq.errors import OrbqError
+from orbq.errors import NO_ROOM, OrbqError
 
 # command -> module; the function there has the command's name. In the order of --help.
 COMMANDS = {
@@ -110,13 +110,24 @@ def guarded(
             raise _failed("error", str(error), error.exit_status, debug) from None
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise  # handled by typer
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise _unforeseen(error, debug) from None
+            where = f"{error.filename}: " if error.filename else ""
+            text = f"{where}no room left on the disk ({error.strerror}): make room and run the "
+            text += "same command again"
+            raise _failed("error", text, OrbqError.exit_status, debug) from None
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            if not debug:
-                text += "\nThis was not foreseen; --debug shows where it happened."
-            raise _failed("failed", text, OrbqError.exit_status, debug) from None
+            raise _unforeseen(error, debug) from None
 
     return run
+
+
+def _unforeseen(error: Exception, debug: bool) -> typer.Exit:
+    text = f"{type(error).__name__}: {error}"
+    if not debug:
+        text += "\nThis was not foreseen; --debug shows where it happened."
+    return _failed("failed", text, OrbqError.exit_status, debug)
 
 
 def _failed(kind: str, message: str, status: int, debug: bool) -> typer.Exit:

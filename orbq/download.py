@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orbq.errors import InputError, OrbqError
+from orbq.preprocess.links import make_directory
 from orbq.preprocess.store import write_atomically
 from orbq.units import KCAL_PER_MOL
 
@@ -206,7 +207,7 @@ def fetch(
         raise InputError(f"no data set {name!r} to fetch; there are: {', '.join(REMOTES)}")
     remote = REMOTES[name]
     where = f"{mirror.rstrip('/')}/{NAME}" if mirror else remote.where
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory, "--out")
     if remote.finish and (done := directory / QM7_FILE).is_file():
         return done
     for file, wanted in remote.files.items():

@@ -123,6 +123,13 @@ def parity_figure(
     return figure
 
 
+def clear_parity(place: Path) -> None:
+    """Take away the parity plots, and the tables beside them, of an earlier command."""
+    for name in ("parity", *(f"parity-{label}" for label in TITLES)):
+        for suffix in (".png", ".csv"):
+            (place / f"{name}{suffix}").unlink(missing_ok=True)
+
+
 def parity_values(evaluation: Evaluation, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels and predictions [n] where there is a label, eV, eV/Å, eV/Å^3 or e; energies without
     their references."""

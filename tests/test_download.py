@@ -176,3 +176,10 @@ def test_damaged_archives_are_named(tmp_path):
     (tmp_path / download.QM7_ARCHIVE).write_bytes(b"\x1f\x8bnothing")
     with pytest.raises(OrbqError, match="is damaged"):
         make_qm7(tmp_path)
+
+
+def test_a_place_that_cannot_be_is_told(small, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "under", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=r"--out .* name another"):
+            fetch("acac", place)

@@ -222,3 +222,10 @@ def test_a_part_is_what_every_run_holds_there(
     assert call(*arguments, "--out", tmp_path, "--no-chemiscope", "--permutations", 19) == 0
     out = capsys.readouterr().out
     assert "divide" in out and f"of {len(parts[0] & parts[1])} structures" in out
+
+
+def test_a_file_to_explore_of_earlier_runs_goes(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "chemiscope.json.gz").write_bytes(b"of an earlier command")
+    arguments = (place / "one", place / "data", "--out", tmp_path, "--no-chemiscope")
+    assert call(*arguments, "--permutations", 19) == 0
+    assert (tmp_path / "pca.png").exists() and not (tmp_path / "chemiscope.json.gz").exists()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +204,50 @@ def test_pictures_of_an_earlier_evaluation_go(trained, tmp_path):
     assert status == 0, text
     assert not (tmp_path / "parity-dft.png").exists()
     assert (tmp_path / "parity_mine.png").exists()
+
+
+def test_what_a_run_was_judged_by_stays(trained, dataset, tmp_path):
+    """Other structures than its test split have a directory of their own."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(dataset.path, tmp_path / "other")
+    np.save(tmp_path / "other" / "group.npy", np.array([f"g{i}" for i in range(40)], "S64"))
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["arrays"]["group"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    assert orbq_command("evaluate", run, dataset.path)[0] == 0
+    judged = (run / "evaluation" / "metrics.json").read_text()
+    name = dataset.path.name
+    for more, place in (
+        ((tmp_path / "other",), "other-all"),
+        ((dataset.path, "--split", "train"), f"{name}-train"),
+    ):
+        status, text = orbq_command("evaluate", run, *more, "--no-plots")
+        assert status == 0 and (run / "evaluation" / place / "metrics.json").exists(), text
+    assert (run / "evaluation" / "metrics.json").read_text() == judged
+
+
+@pytest.mark.parametrize("plots", [(), ("--no-plots",)])
+def test_an_evaluation_is_written_before_it_is_told(trained, tmp_path, plots):
+    """``orbq evaluate ... | head -1`` leaves what it leaves without head."""
+    (tmp_path / "parity-energy.png").write_bytes(b"of another data set")
+    read, write = os.pipe()
+    os.close(read)  # whoever read has had enough
+    command = [sys.executable, "-m", "orbq", "evaluate", trained, trained.parent / "data"]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path), *plots],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["split"] == "test"
+    picture = tmp_path / "parity-energy.png"
+    assert not picture.exists() if plots else picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_directory_that_cannot_be_named_is_told(trained, tmp_path):
+    out = tmp_path / ("x" * 300)
+    status, text = orbq_command("evaluate", trained, trained.parent / "data", "--out", out)
+    assert status == 2 and "the directory cannot be made (File name too long)" in text, text
 
 
 def test_training_structures_of_another_data_set_are_told(trained, run, dataset, tmp_path):

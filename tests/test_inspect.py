@@ -103,6 +103,12 @@ def test_inspect_prints_and_plots(made, tmp_path):
     assert ".png" in result.output
 
 
+def test_no_number_is_cut_in_a_narrow_terminal(made, monkeypatch):
+    wide = run("inspect", str(made.path)).output
+    monkeypatch.setenv("COLUMNS", "30")
+    assert run("inspect", str(made.path)).output.split() == wide.split() and "…" not in wide
+
+
 def test_a_whole_data_set_passes(made):
     assert verify(made.path) == []
     result = run("verify", str(made.path))

@@ -9,13 +9,14 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
 
 from orbq import orbitals
 from orbq.errors import InputError, OrbqError
 from orbq.preprocess import schedule, xtb
 from orbq.preprocess.frames import find_sources, read_frames
 from orbq.preprocess.label import Progress, Recipe, Resources, preprocess
+from orbq.preprocess.neighbor_cache import neighbors
 from orbq.preprocess.read import Keys, read_structures
 
 ONE = Resources(workers=1)
@@ -62,6 +63,34 @@ def test_stored_labels_are_those_of_single_calls(tmp_path):
     np.testing.assert_allclose(total, dataset["total_charge"], atol=1e-9)
     assert dataset.manifest["counts"]["labels"]["dft_charges"] == 39
     assert dataset.manifest["keys"]["energy"] == {"energy": 39}
+
+
+def test_unwrapped_atoms_of_a_crystal_are_stored_in_its_cell(tmp_path):
+    """As after long diffusion: the same labels, neighbours and distances in float32 as at home."""
+    home = bulk("Si", cubic=True)
+    home.positions += 0.05 * np.random.default_rng(0).normal(size=(8, 3))
+    away = home.copy()
+    steps = np.random.default_rng(1).integers(-40_000, 40_001, (8, 3))
+    away.positions += steps @ home.cell.array
+    ase.io.write(tmp_path / "two.extxyz", [home, away])
+    data = preprocess([tmp_path / "two.extxyz"], tmp_path / "set", resources=ONE)
+    there = np.asarray(data["positions"][8:])
+    assert np.abs(there).max() < 10
+    near = neighbors(data, 5.0)
+    n = near.offsets[1]
+    assert near.offsets[2] == 2 * n
+    distances = [
+        np.linalg.norm(
+            data["positions"][rows][near.receivers[edges]]
+            - data["positions"][rows][near.senders[edges]]
+            + near.images[edges] @ home.cell.array,
+            axis=1,
+        )
+        for rows, edges in ((slice(8), slice(n)), (slice(8, 16), slice(n, 2 * n)))
+    ]
+    # the file has eight decimals, of 2e5 Å
+    np.testing.assert_allclose(*map(np.sort, distances), atol=1e-7)
+    assert data["xtb_energy"][1] == pytest.approx(data["xtb_energy"][0], abs=1e-6)
 
 
 def test_result_does_not_depend_on_the_number_of_processes(tmp_path):

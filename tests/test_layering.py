@@ -94,7 +94,7 @@ LAYERS = {
     ),
 }
 # at the top of a command's file; all else is imported when the command runs
-COMMAND_IMPORTS = ("typer", "rich", "orbq.errors", "orbq.units", "orbq.commands.")
+COMMAND_IMPORTS = ("typer", "rich", "orbq.errors", "orbq.output", "orbq.units")
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:

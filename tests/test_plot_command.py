@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,28 @@ def test_own_dataset(place: Path) -> None:
 def test_names_tell_runs_apart() -> None:
     assert names_of(["x/a", "y/b"]) == ["a", "b"]
     assert names_of(["x/a/run", "x/b/run"]) == ["a/run", "b/run"]
+
+
+def test_pictures_of_earlier_runs_go(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands beside the new pictures is of the same runs; what is not orbq's stays."""
+    for name in ("parity-dft.png", "parity-dft.csv", "parity-mine.png"):
+        (tmp_path / name).write_text("of an earlier command")
+    run = place / "b" / "run"
+    assert call(run, "--dataset", place / "data", "--out", tmp_path) == 0
+    assert "predicting 6 structures" in capsys.readouterr().err
+    there = {p.name for p in tmp_path.iterdir()}
+    assert "parity-onsite.png" in there and "parity-mine.png" in there
+    assert not {"parity-dft.png", "parity-dft.csv"} & there
+    assert call(run, "--no-parity", "--out", tmp_path) == 0
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"learning-curves.png", "learning-curves.csv", "parity-mine.png"}
+
+
+def test_names_are_no_markup(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(place / "a" / "run", tmp_path / "w=3 [red]")
+    assert call(run, "--no-parity", "--out", tmp_path / "plots [/x]") == 0
+    assert str(tmp_path / "plots [/x]" / "learning-curves.png") in capsys.readouterr().out

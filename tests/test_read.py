@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 from pathlib import Path
 
 import ase.io
@@ -301,3 +302,17 @@ def test_a_byte_order_mark_is_no_text_and_another_encoding_is_named(tmp_path: Pa
     (tmp_path / "b.xyz").write_bytes(b"3\nnote=\xc5" + rest)
     with pytest.raises(InputError, match=r"UnicodeDecodeError.*save it as UTF-8"):
         one(tmp_path / "b.xyz")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.xyz.zst", "unpack it first, or pack it as .gz, .xz, .bz2"),
+        ("a.tar.gz", "files that end in .tar are not read: unpack it first"),
+        ("rmd17.NPZ", "write the structures as extxyz, by ase.io.write"),
+    ],
+)
+def test_endings_that_are_not_read_name_the_remedy(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        find_sources([tmp_path / name])

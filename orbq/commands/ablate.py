@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orbq.errors import InputError
+from orbq.output import Whole, output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,13 +55,14 @@ def ablate(
       orbq ablate configs/ablate_charge.toml ablation.seeds='[0, 1, 2, 3]'  # two seeds more
       orbq ablate mine.toml ablation.targets='["onsite"]' run.directory=runs/onsite
     """
-    from orbq.compiled import configure_jax
     from orbq.config import load_config
+
+    settings = load_config(config, overrides or [])  # before JAX, whose import takes seconds
+    from orbq.compiled import configure_jax
     from orbq.study.report import recorded_config, write_report
     from orbq.study.run import check_continues, pending_programs, read_results, run_ablation
 
-    settings = load_config(config, overrides or [])
-    console = Console(highlight=False)
+    console = output()
     directory = Path(settings.run.directory)
     if plan:
         configure_jax(settings)
@@ -74,11 +76,11 @@ def ablate(
             raise InputError("--report reads the records that --overwrite deletes: leave one out")
         recorded = recorded_config(directory)
         told = Text(write_report(directory, read_results(directory), recorded))
-        console.print(told, soft_wrap=True)
+        console.print(told)
         return
     with Display(console, settings) as display:
         records = run_ablation(settings, overwrite=overwrite, reporter=display)
-    console.print(Text(write_report(directory, records, settings)), soft_wrap=True)
+    console.print(Text(write_report(directory, records, settings)))
 
 
 def show_plan(programs: list[Program], n_done: int, console: Console) -> None:
@@ -96,7 +98,7 @@ def show_plan(programs: list[Program], n_done: int, console: Console) -> None:
             ", ".join(str(s) for s in sorted({run.seed for run in runs})),
             f"{training.pretrain_steps + training.n_steps:,}",
         )
-    console.print(table)
+    console.print(Whole(table))
     n_runs = sum(len(program.runs) for program in programs)
     steps = sum(n_steps(program) * len(program.runs) for program in programs)
     done = f"; {n_done} runs are finished" if n_done else ""

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from orbq.output import Whole, output
+
 if TYPE_CHECKING:
     from orbq.demo import Result
 
@@ -53,9 +55,9 @@ def demo(
     from orbq.preprocess.links import refuse_links
 
     start = time.monotonic()
-    console = Console(highlight=False, soft_wrap=True)
+    console = output()
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+        console = output(width=WIDTH)
     if overwrite:
         _delete(out)
     refuse_links(out, "--out", [TABLE, PICTURE])
@@ -141,13 +143,13 @@ def _report(console: Console, out: Path, results: list[Result], seconds: float) 
     rows = job.table(results)
     table = Table(title="Errors (MAE) on held-out complexes, mean ± deviation over seeds")
     for name in ("arm", "energy, meV", "meV/atom", "forces, meV/Å", "orbital charges, e"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    table.add_column("energy ratio", justify="right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    table.add_column("energy ratio", justify="right")
     for row in rows:
         shown = [job.spread(v, 4 if n == "charge_mae" else 1) for n, v in row.values.items()]
         ratio = job.spread(row.ratios.get("energy_mae", []), 3) if row.ratios else "1"
         table.add_row(row.arm, *shown, ratio)
-    console.print(table)
+    console.print(Whole(table))
     document = [{"arm": r.arm, "values": r.values, "ratios": r.ratios} for r in rows]
     (out / TABLE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     picture = out / PICTURE

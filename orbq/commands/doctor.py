@@ -8,11 +8,11 @@ import sys
 from importlib import metadata, util
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from orbq import __version__
 from orbq.errors import OrbqError
+from orbq.output import output
 from orbq.units import HARTREE
 
 PACKAGES = (
@@ -44,7 +44,7 @@ def doctor() -> None:
     Example:
       orbq doctor
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = output()
     broken: list[str] = []
     for name, check in CHECKS.items():
         try:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orbq.errors import InputError
+from orbq.output import Whole, output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from orbq.run import Run
 
 INTERRUPTED = "Run the same command again."
+CHEMISCOPE = "chemiscope.json.gz"
 WRITTEN = (
     *("pca.png", "tsne.png", "clustering.csv", "elements.csv", "embeddings.npz"),
-    "chemiscope.json.gz",
+    CHEMISCOPE,
 )
 SPLITS = "all|train|validation|test"
 
@@ -91,19 +93,19 @@ def embed(
         require(module)
     wanted = _parsed(elements) if elements else METALS
     refuse_links(out, "--out", WRITTEN)
-    console = Console(highlight=False, soft_wrap=True)
     loaded = {n: open_run(d) for n, d in zip(names_of(directories), directories, strict=True)}
     data = open_dataset(name)
     parts = [split_rows(run, data, split)[1] for run in loaded.values()]
     rows = reduce(np.intersect1d, parts)
     if not len(rows):
         raise InputError(f"no structure of {name} is in the {split} split of every run")
+    told = []
     if any(len(part) > len(rows) for part in parts):
-        console.print(f"The runs divide {name} differently: what is {split} in each is taken")
+        told.append(f"The runs divide {name} differently: what is {split} in each is taken")
     known = set.intersection(*(set(run.elements) for run in loaded.values()))
     atoms = choose_atoms(data, rows, wanted, sorted(known))
     found = elements_of(atoms, data.method)
-    console.print(
+    told.append(
         f"{len(atoms.numbers):,} atoms of {len(found.numbers)} elements in {len(atoms.rows):,} of "
         f"{len(rows):,} structures: {', '.join(found.symbols)}"
     )
@@ -115,8 +117,11 @@ def embed(
             spaces[run_name] = _space(
                 run, data, atoms, found, (batch_size, permutations), first, bar
             )
+    written = _write(spaces, data, atoms, found, out, chemiscope)
+    console = output()  # when all is written: who reads may have enough
+    console.print("\n".join(told))
     _show(spaces, permutations, console)
-    _write(spaces, data, atoms, found, out, chemiscope, console)
+    console.print("\n".join(written))
 
 
 def _parsed(text: str) -> tuple[int, ...]:
@@ -132,7 +137,7 @@ def _parsed(text: str) -> tuple[int, ...]:
 
 def _bar(name: str) -> Any:
     progress = Progress(
-        TextColumn(name), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
@@ -190,12 +195,11 @@ def _show(spaces: dict[str, Space], permutations: int, console: Console) -> None
     import numpy as np
 
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold")  # the names give way, not the numbers
-    for column in ("species", "by", "statistic"):
-        table.add_column(column, no_wrap=True)
+    for column in ("run", "species", "by", "statistic"):
+        table.add_column(column)
     several = len(spaces) > 1
     for column in ["value", "chance", "p", "untrained"] + ["difference", "p"] * several:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for name, space in spaces.items():
         for (label, statistic), (own, before) in space.statistics.items():
             numbers = [f"{x:.2f}" for x in (own.value, own.chance)]
@@ -203,7 +207,7 @@ def _show(spaces: dict[str, Space], permutations: int, console: Console) -> None
             cells = [*numbers, f"{own.p:.3f}", f"{before.value:.2f}"]
             cells += [f"{more[0]:+.2f}", f"{more[1]:.3f}"] if more else []
             table.add_row(name, space.species, label, statistic, *cells)
-    console.print(table)
+    console.print(Whole(table))
     console.print(
         f"chance: mean of {permutations} random exchanges of the labels; p: share of them that "
         "reach the value.\nuntrained: the same network before training, which tells elements apart "
@@ -245,8 +249,8 @@ def _write(
     elements: Elements,
     out: Path,
     chemiscope: bool,
-    console: Console,
-) -> None:
+) -> list[str]:
+    """Write pictures, tables and features; tells which."""
     from orbq.embed_files import (
         write_chemiscope,
         write_elements,
@@ -265,9 +269,11 @@ def _write(
         maps = {name: space.maps[kind] for name, space in spaces.items()}
         map_figure(maps, elements, kind, out / file, behind if kind == "PCA" else None)
         written.append(out / file)
+    told = []
+    (out / CHEMISCOPE).unlink(missing_ok=True)  # of an earlier command
     if chemiscope:
-        path, n = write_chemiscope(spaces, data, atoms, elements, out / "chemiscope.json.gz")
+        path, n = write_chemiscope(spaces, data, atoms, elements, out / CHEMISCOPE)
         written.append(path)
         if n < len(atoms.numbers):
-            console.print(f"{path.name} holds {n:,} of {len(atoms.numbers):,} atoms")
-    console.print(Text(f"wrote to {out}: " + ", ".join(p.name for p in written)))
+            told.append(f"{path.name} holds {n:,} of {len(atoms.numbers):,} atoms")
+    return [*told, f"wrote to {out}: " + ", ".join(p.name for p in written)]

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from orbq.output import Whole, output
+
 if TYPE_CHECKING:
     from orbq.scores import Evaluation
 
@@ -34,7 +36,12 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Directory for the results (default RUN/evaluation)."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory for the results (default: RUN/evaluation; of other structures than "
+            "RUN's own test split RUN/evaluation/DATASET-SPLIT).",
+        ),
     ] = None,
     batch_size: Annotated[
         float, typer.Option(min=1, help="Structures per batch, on average.")
@@ -62,14 +69,17 @@ def evaluate(
     from orbq.preprocess.links import make_directory, refuse_links
     from orbq.scores import report
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = output()
     if out is None:
         refuse_links(run, "--out", [EVALUATION])
     else:
         refuse_links(out, "--out", [METRICS, "parity*.png"])
     loaded, data = open_run(run), open_dataset(dataset)
     name, rows = split_rows(loaded, data, split)
+    own = is_own(loaded, data)
     place = out or run / EVALUATION
+    if out is None and not (own and name == "test"):  # which stay what the run was judged by
+        place /= f"{Path(dataset).name}-{name}"
     make_directory(place, "--out")
     with _bar() as bar:
         task = bar.add_task(f"predicting {name}", total=len(rows))
@@ -81,16 +91,16 @@ def evaluate(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     facts = {"run": str(run), "dataset": dataset, "split": name}
-    document = report(found, facts.items())
+    metrics = place / METRICS
+    text = json.dumps(report(found, facts.items()), indent=1)
+    metrics.write_text(text + "\n", encoding="utf-8")
+    pictures = draw(found, place, plots)  # before anything is told: who reads may have enough
     console.print(Text(f"{run} on {dataset}, split {name}"))
-    if not is_own(loaded, data) and (told := taught_among(run, data, rows)):
+    if not own and (told := taught_among(run, data, rows)):
         console.print(Text(told, "yellow"))
     if lost := not_compared(loaded, data):
         console.print(Text(lost, "yellow"))
     show(found, console)
-    metrics = place / METRICS
-    metrics.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    pictures = draw(found, place) if plots else []
     console.print(Text(f"wrote to {place}: " + ", ".join(p.name for p in [metrics, *pictures])))
 
 
@@ -105,13 +115,13 @@ def _bar() -> Progress:
     )
 
 
-def draw(found: Evaluation, place: Path) -> list[Path]:
-    """All parity plots on one page, and each on its own."""
-    from orbq.plots import parity_figure
-    from orbq.targets import TARGETS
+def draw(found: Evaluation, place: Path, wanted: bool) -> list[Path]:
+    """All parity plots on one page, and each on its own; none that are not ``wanted``."""
+    from orbq.plots import clear_parity, parity_figure
 
-    for name in ("energy", "forces", "stress", *TARGETS):  # of another data set or run
-        (place / f"parity-{name}.png").unlink(missing_ok=True)
+    clear_parity(place)  # of another data set or run
+    if not wanted:
+        return []
     paths = [place / "parity.png"]
     parity_figure(found, paths[0])
     for name, values in found.values.items():
@@ -135,8 +145,8 @@ def show(found: Evaluation, console: Console) -> None:
         elements = ", ".join(f"{s} ({n:,})" for s, n in found.left_out.items())
         text = f"left out {found.n_left_out:,} structures with elements new to the run: {elements}"
         console.print(Text(text, "yellow"))
-    console.print(_overview(found))
-    console.print(_by_element(found))
+    console.print(Whole(_overview(found)))
+    console.print(Whole(_by_element(found)))
 
 
 def _overview(found: Evaluation) -> Table:

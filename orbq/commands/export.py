@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+from orbq.output import output
 
 
 def export(
@@ -53,6 +53,5 @@ def export(
         refuse_links(run, "--out", ["export*"])
     place = write(open_run(run), out or run / "export", charges, platform or PLATFORMS, overwrite)
     size = sum(path.stat().st_size for path in place.iterdir())
-    Console(highlight=False, soft_wrap=True).print(
-        Text(f"{place}: {', '.join(sorted(p.name for p in place.iterdir()))}; {size / 1e6:.1f} MB")
-    )
+    names = ", ".join(sorted(path.name for path in place.iterdir()))
+    output().print(f"{place}: {names}; {size / 1e6:.1f} MB")

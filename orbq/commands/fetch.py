@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from orbq.output import output
+
 INTERRUPTED = "Whole files are kept; run the same command again to go on."
 
 
@@ -50,7 +52,7 @@ def fetch(
     else:
         following = [f"orbq preprocess {found} --out datasets/{name}"]
     lines = [f"{found}: complete and verified", *(f"next: {command}" for command in following)]
-    Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+    output().print("\n".join(lines))
 
 
 class _Bars:

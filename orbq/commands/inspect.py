@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from orbq.output import Whole, output
 
 if TYPE_CHECKING:
     from orbq.preprocess.summary import Edges, Range, Summary
@@ -48,12 +51,13 @@ def inspect(
     """
     from orbq.datasets import open_dataset
     from orbq.preprocess.links import make_directory
+    from orbq.preprocess.plausible import strange_units
     from orbq.preprocess.summary import edges, summarise
 
     if plot is not None:
         make_directory(plot.parent, "--plot")
     opened = open_dataset(dataset)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = output()
     summary = summarise(opened)
     manifest = opened.manifest
     console.print(
@@ -65,6 +69,8 @@ def inspect(
         console.print(f"  from {source['name']} (SHA-256 {source['sha256'][:12]}...)")
     _composition(summary, console)
     _ranges(summary, console)
+    for text in strange_units(opened):
+        console.print(Text(text, "yellow"))
     _faults(summary, console, dataset)
     if cutoff is not None:
         _edges(edges(opened, cutoff, batch_size), console)
@@ -95,7 +101,6 @@ def _composition(summary: Summary, console: Console) -> None:
 def _ranges(summary: Summary, console: Console) -> None:
     table = Table("label", "known", "from", "mean", "to", "unit", box=None, padding=(0, 1))
     for column in table.columns:
-        column.no_wrap = True
         column.justify = "left" if column.header in ("label", "unit") else "right"
     rows = {**{name: name for name in summary.coverage}, "onsite": "xtb_charges"}
     for label, number in summary.coverage.items():
@@ -106,7 +111,7 @@ def _ranges(summary: Summary, console: Console) -> None:
         (low, mean, high, low_at, high_at), unit = summary.ranges[name]
         numbers = (f"{low:.4g} (#{low_at})", f"{mean:.4g}", f"{high:.4g} (#{high_at})")
         table.add_row(MEANING[name], f"{number:,}", *numbers, unit)
-    console.print(table)
+    console.print(Whole(table))
     console.print("(#: structure; forces: norm on an atom)")
 
 

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orbq.output import Whole, output
+
 if TYPE_CHECKING:
     from orbq.preprocess.label import Progress
     from orbq.preprocess.nearest import Found
@@ -54,7 +56,7 @@ def methods(
 
         keys = Keys(energy=energy_key, charge=charge_key, spin=spin_key)
         found = nearest_methods(inputs, limit, keys, resources=Resources(workers), on_progress=show)
-    _tell(found, Console(soft_wrap=True, highlight=False, markup=False))
+    _tell(found, output())
 
 
 def _tell(found: Found, console: Console) -> None:
@@ -64,7 +66,7 @@ def _tell(found: Found, console: Console) -> None:
     for method, error in found.nearness:
         ratio = f"{error / alone:.2f}" if method else ""
         table.add_row(method or "composition", f"{1000 * error:.4g}", ratio)
-    console.print(table)
+    console.print(Whole(table))
     left_out = f", {found.left_out:,} left out: {found.why}" if found.left_out else ""
     console.print(f"mean absolute error of {found.n:,} structures{left_out}")
     if method := found.advised():

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from orbq.errors import InputError
+from orbq.output import output
 
 if TYPE_CHECKING:
     from orbq.scores import Evaluation
@@ -56,7 +56,7 @@ def plot(
       orbq plot runs/a runs/b --dataset datasets/other
       orbq plot runs/* --no-parity                      # also while they train
     """
-    from orbq.plots import learning_curve_figure
+    from orbq.plots import clear_parity, learning_curve_figure
     from orbq.preprocess.links import make_directory, refuse_links
     from orbq.run_files import names_of
     from orbq.run_plots import (
@@ -68,44 +68,46 @@ def plot(
         runs_among,
     )
 
-    console = Console(highlight=False, soft_wrap=True)
     if not parity and (dataset or split):
         raise InputError("--dataset and --split are of the parity plots: leave out --no-parity")
     refuse_links(out, "--out", ["learning-curves.*", "parity-*"])
     runs, others = runs_among(runs)
-    if others:
-        console.print(Text(f"left out, no runs: {', '.join(map(str, others))}", "yellow"))
+    told = [f"left out, no runs: {', '.join(map(str, others))}"] if others else []
+    told += filter(None, map(progress_of, runs))
     named = dict(zip(names_of(runs), runs, strict=True))
-    for directory in runs:
-        if told := progress_of(directory):
-            console.print(Text(told, "yellow"))
     make_directory(out, "--out")
     learning_curve_figure(named, out / "learning-curves.png")
     written = [out / "learning-curves.png", curves_csv(named, out / "learning-curves.csv")]
-    console.print(Text("wrote " + ", ".join(map(str, written))))
-    if not parity:
-        return
-    found = {n: _evaluate(d, dataset, split, batch_size, console) for n, d in named.items()}
+    clear_parity(out)
+    settings = dataset, split, batch_size
+    found = {n: _evaluate(d, settings, told) for n, d in named.items()} if parity else {}
     for label in labels_of(found.values()):
         picture = out / f"parity-{label}.png"
         parity_comparison(found, label, picture)
-        table = parity_csv(found, label, out / f"parity-{label}.csv")
-        console.print(Text(f"wrote {picture}, {table}"))
+        written += [picture, parity_csv(found, label, out / f"parity-{label}.csv")]
+    console = output()  # when all is written: who reads may have enough
+    for text in told:
+        console.print(Text(text, "yellow"))
+    console.print("wrote " + ", ".join(map(str, written)))
 
 
 def _evaluate(
-    directory: Path, name: str | None, split: str | None, batch_size: float, console: Console
+    directory: Path, settings: tuple[str | None, str | None, float], told: list[str]
 ) -> Evaluation:
+    """Errors of one run; ``told`` grows by what is to be known of them. settings: data set, split
+    and batch size."""
     from orbq.datasets import open_dataset
     from orbq.evaluate import evaluate, is_own, split_rows
     from orbq.inference import open_run
     from orbq.initial import taught_among
     from orbq.run_plots import own_dataset
 
+    name, split, batch_size = settings
     run = open_run(directory)
     data = open_dataset(name or own_dataset(run, directory))
     part, rows = split_rows(run, data, split)
-    console.print(Text(f"{directory}: predicting {len(rows):,} structures ({part} of {data.path})"))
-    if not is_own(run, data) and (told := taught_among(directory, data, rows)):
-        console.print(Text(told, "yellow"))
+    text = f"{directory}: predicting {len(rows):,} structures ({part} of {data.path})"
+    output(stderr=True).print(text)
+    if not is_own(run, data) and (known := taught_among(directory, data, rows)):
+        told.append(known)
     return evaluate(run, data, rows, batch_size=batch_size)

@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from orbq.errors import InputError
+from orbq.output import output
 
 if TYPE_CHECKING:
     from orbq.annotate import Refused, Writer
@@ -127,7 +128,7 @@ def _state(written: int, refused: int) -> str:
 def _summarise(writer: Writer, refused: list[Refused]) -> None:
     """Say what was written and what was left out, and why. Raises InputError if that was all."""
     out, written = writer.path, writer.count
-    console = Console(highlight=False, soft_wrap=True)
+    console = output()
     listed = out.with_name(out.name + ".failures.jsonl")
     listed.unlink(missing_ok=True)  # of an earlier command
     if refused:

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orbq.output import Whole, output
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -129,7 +131,7 @@ def preprocess(
             Resources(workers, scheduler, timeout, blas),
             bar.show,
         )
-    summarise(dataset, Console(soft_wrap=True, highlight=False, markup=False))
+    summarise(dataset, output())
 
 
 class _Bar:
@@ -178,6 +180,8 @@ class _Bar:
 
 def summarise(dataset: Dataset, console: Console) -> None:
     """Print what a data set holds, what was found under which name, and what went wrong."""
+    from orbq.preprocess.plausible import strange_units
+
     manifest = dataset.manifest
     counts = manifest["counts"]
     console.print(
@@ -190,7 +194,7 @@ def summarise(dataset: Dataset, console: Console) -> None:
         names = _told(manifest["keys"].get(name, {}))
         computed = name in ("onsite", "xtb_energy", "xtb_forces")
         table.add_row(name, f"{number:,}", "computed" if computed else names or "not in the input")
-    console.print(table)
+    console.print(Whole(table))
     for name in ("charge", "spin", "group"):
         found = _told(manifest["keys"].get(name, {}))
         console.print(f"{name}: {found or DEFAULTED[name]}")
@@ -202,6 +206,8 @@ def summarise(dataset: Dataset, console: Console) -> None:
                 f"theory, choose one by {option}",
                 style="yellow",
             )
+    for text in strange_units(dataset):
+        console.print(text, style="yellow")
     if counts["rescued"]:
         told = ", ".join(f"{n:,} with {how}" for how, n in counts["rescued"].items())
         console.print(f"converged only in a second attempt: {told}")

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from orbq.output import output
+
 if TYPE_CHECKING:
     from orbq.preprocess.sample import Sampled
 
@@ -99,7 +101,7 @@ def sample(
             Resources(workers),
             show,
         )
-    _summarise(out, found, sampling.trajectories, Console(soft_wrap=True, highlight=False))
+    _summarise(out, found, sampling.trajectories, output())
 
 
 def _bar() -> Progress:
@@ -115,29 +117,22 @@ def _bar() -> Progress:
 def _summarise(out: Path, found: Sampled, trajectories: int, console: Console) -> None:
     """Say what was written, and what was not and why."""
     for failure in found.left_out[:SHOWN]:
-        console.print(
-            f"no start: {failure.file} frame {failure.frame}: {failure.reason}", markup=False
-        )
+        console.print(f"no start: {failure.file} frame {failure.frame}: {failure.reason}")
     if len(found.left_out) > SHOWN:
         console.print(f"... and {len(found.left_out) - SHOWN:,} more structures are no start")
     for ended in found.ended[:SHOWN]:
         console.print(
             f"ended after {ended.frames} frames: trajectory {ended.trajectory} at "
-            f"{ended.temperature:g} K from {ended.start}: {ended.reason}",
-            markup=False,
+            f"{ended.temperature:g} K from {ended.start}: {ended.reason}"
         )
     if len(found.ended) > SHOWN:
         console.print(f"... and {len(found.ended) - SHOWN:,} more trajectories ended early")
-    console.print(
-        f"{out}: {found.frames:,} structures of {found.trajectories:,} trajectories",
-        markup=False,
-    )
+    console.print(f"{out}: {found.frames:,} structures of {found.trajectories:,} trajectories")
     if trajectories < found.starts:
         console.print(
             f"{trajectories:,} of the {found.starts:,} structures of the input begin a trajectory "
             "(all of them: more --trajectories)"
         )
     console.print(
-        f"Label them: orbq preprocess {out} --out DATASET; then data.unlabelled=['DATASET']",
-        markup=False,
+        f"Label them: orbq preprocess {out} --out DATASET; then data.unlabelled=['DATASET']"
     )

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from orbq.output import output
+
 if TYPE_CHECKING:
     from orbq.reporter import Speed
 
@@ -71,15 +73,16 @@ def train(
       orbq train mine.toml --distributed                # TPU pod: the same on every worker
       orbq train mine.toml --coordinator host0:8476 --processes 2 --process 0   # by hand
     """
-    from orbq import devices
     from orbq.config import load_config
+
+    settings = load_config(config, overrides or [])  # before JAX, whose import takes seconds
+    from orbq import devices
     from orbq.fit import fit
     from orbq.trackers import with_trackers
 
-    settings = load_config(config, overrides or [])
     if distributed or coordinator:
         devices.join(devices.Cluster(coordinator, processes, process))
-    with Display(Console(highlight=False)) as display, with_trackers(settings, display) as told:
+    with Display(output()) as display, with_trackers(settings, display) as told:
         summary = fit(settings, overwrite=overwrite, reporter=told)
     if devices.is_main():
         display.finished(summary)

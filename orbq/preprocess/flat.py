@@ -96,7 +96,7 @@ def near_origin(positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def folded(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Positions [n, 3] of one structure; if atoms lie FAR and more than a cell from its centre, as
     after long diffusion, each moved by whole lattice vectors into the cell: float32 would not know
-    their distances."""
+    their distances, and neighbour lists count lattice vectors in 16 bits."""
     if not pbc.any():
         return positions
     limit = FAR + np.linalg.norm(cell, axis=1).sum()

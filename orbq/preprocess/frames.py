@@ -25,6 +25,11 @@ MAX_ATOMS = 1_000_000  # of one structure
 MAX_FRAME = 1 << 28  # characters of one structure
 MAX_COLUMNS = 1_000  # of one atom; Hessians and the like are no property of one atom
 _COUNT_DIGITS = 18
+_UNPACK = f"unpack it first, or pack it as {', '.join(OPENERS)}"
+_ARRAYS = "their arrays have no fixed names: write the structures as extxyz, by ase.io.write"
+# endings of what people keep structures in, and what to do with it
+_UNREAD = dict.fromkeys((".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4"), _UNPACK)
+_UNREAD |= dict.fromkeys((".npz", ".npy", ".h5", ".hdf5", ".pt", ".pkl"), _ARRAYS)
 
 
 class Source(NamedTuple):
@@ -99,6 +104,9 @@ def _expand(given: str) -> list[tuple[str, Path]]:
 
 
 def _source_with_tables(name: str, path: Path) -> Source:
+    ending = [s for s in path.suffixes if s.lower() not in OPENERS][-1:]
+    if ending and (remedy := _UNREAD.get(ending[0].lower())):
+        raise InputError(f"{name}: files that end in {ending[0]} are not read: {remedy}")
     tables = tuple(_source(str(table), table) for table in tmqm.tables_beside(path))
     return _source(name, path)._replace(tables=tables)
 

@@ -46,9 +46,9 @@ def refuse_brackets(directory: Path, option: str) -> None:
 def make_directory(directory: Path, option: str) -> None:
     """Make what the option names, with its parents; raises InputError where that cannot be, or
     nothing can be written there."""
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{option} {directory} is a file: name another")
     try:
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"{option} {directory} is a file: name another")
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(

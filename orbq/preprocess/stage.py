@@ -18,7 +18,7 @@ import numpy as np
 from orbq.errors import InputError
 from orbq.preprocess import store
 from orbq.preprocess.check import check
-from orbq.preprocess.flat import FlatWriter
+from orbq.preprocess.flat import FlatWriter, folded
 from orbq.preprocess.job import LABELS, Workspace, lost_array
 from orbq.preprocess.read import Failure, Reader
 from orbq.schema import FIELDS, Structure
@@ -60,7 +60,8 @@ def stage(
                 rejected.write(json.dumps({"before": kept, **failure._asdict()}) + "\n")
             else:
                 assert isinstance(item, Structure)
-                block.append(item)
+                near = folded(item.positions, item.cell, item.pbc)
+                block.append(item._replace(positions=near))
                 kept += 1
             if len(block) == BLOCK:
                 atoms, block = _write_block(writers, block, atoms), []
