@@ -26,6 +26,8 @@ REPOSITORY_LINK = re.compile(
     r"(?<!!)\[([^\]]+)\]\((?!https?:|#|(?:results/)?[a-z0-9_]+\.md\))[^)]+\)"  # chapters stay
 )
 
+RESULTS_LINK = re.compile(r"\]\(\.\./((?:\.\./)*)benchmarks/((?:results/)?[A-Za-z0-9_]+\.md)")
+
 # --------------------------------------------------------------------------- pages
 
 
@@ -73,6 +75,11 @@ def without_links(text: str) -> str:
     """Markdown whose links to files of the repository are plain words; figures and chapters of the
     results stay."""
     return REPOSITORY_LINK.sub(r"\1", text)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to the results, which lead to files of the repository, lead to pages of the site."""
+    return RESULTS_LINK.sub(r"](\1\2", markdown)
 
 
 # --------------------------------------------------------------------------- the command line
