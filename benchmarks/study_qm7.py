@@ -236,6 +236,17 @@ STUDIES["weights"] = {
         "ablation.baseline=true",
     )
 }
+# and where charges of the same molecules bring most; by validation, against 8 of ``longest``
+STUDIES["weights"] |= {
+    f"onsite_wide-4000-{weight}": (
+        *_own(4000, "onsite", f"ablation.weights=[{weight}.0]"),
+        "ablation.seeds=[2]",
+        "ablation.subset_seeds=[2]",
+        "model.n_channels=64",
+        f"training.n_steps={4 * _STEPS[4000]}",
+    )
+    for weight in (2, 32)
+}
 FINE["forces"] = FINE["longer"] = FINE["mean"] = FINE["gfn2"] = FINE["both"]
 FINE["wide"] = (*FINE["both"], *WIDE)
 # how to learn energies after labels: by validation, N = 100, on subsets 0 and 1
