@@ -11,7 +11,7 @@ result is of split 1, whose test molecules took no part in them: ``networks`` ch
 network and learning rate there, by validation, on subsets 0 and 1; ``curves`` (learning curves),
 ``longest`` (for four times as long), ``targets`` (other targets and controls, of
 400 molecules), ``weights``, ``first_*`` (after pre-training on labels alone) and ``delta`` train on
-other subsets; ``first_search`` on 0 and 1.
+other subsets; ``first_search`` and ``first_rates`` on 0 and 1.
 """
 
 from __future__ import annotations
@@ -268,6 +268,17 @@ STUDIES["first_search"] = {
         "decay": ("training.weight_decay=0.2",),
     }.items()
 }
+# the learning rate after mean energies, by validation on subsets 0 and 1, in twice the steps
+STUDIES["first_rates"] = {
+    f"rates-{n}": (
+        *_first(n, "mean", 0),
+        "ablation.seeds=[0, 1]",
+        "ablation.subset_seeds=[0, 1]",
+        "ablation.learning_rates=[2.5e-4, 5e-4, 1e-3, 2e-3]",
+        f"training.n_steps={2 * _STEPS[n]}",
+    )
+    for n in (100, 200)
+}
 # how large the products of a MACE-like network are before training; by validation
 STUDIES["starts"] = {
     f"{network}-{n}-{start}": (
@@ -337,6 +348,7 @@ def prepare(place: Path, study: str) -> dict[str, str]:
             "first_search": "both",
             "first_taught": "longer",
             "first_longest": "mean",
+            "first_rates": "mean",
             "delta": "charges",
         }
         kind = others.get(study, study.split("_")[-1])
