@@ -289,8 +289,17 @@ def _add_row(database: Any, atoms: Atoms) -> None:
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    """What of ``info`` a database takes."""
-    return {k: v for k, v in info.items() if isinstance(v, str | int | float | bool | np.ndarray)}
+    """What of ``info`` a database takes; of NumPy's numbers, as extxyz is read, Python's."""
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items()}
+    return {k: v for k, v in values.items() if _storable(v)}
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_storable, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _storable(v) for k, v in value.items())
+    return isinstance(value, str | int | float | bool | np.generic | np.ndarray)
 
 
 def _format(path: Path) -> tuple[str, bool]:

@@ -97,6 +97,7 @@ class Potential:
         reference = self.reference_energy(numbers, charge)
         spin = self.multiplicity(numbers, charge, spin_multiplicity, bool(periodic.any()))
         check_extent(x, periodic)
+        x = inside(x, lattice_vectors(cell, periodic))  # far away float32 knows no distances
         found = edges(x, self.cutoff, cell, periodic)
         check_apart(x, *found)
         senders, receivers, shifts = padded(*found, len(x), self.cutoff)
@@ -265,6 +266,11 @@ def real(name: str, value: Any, needed: str) -> np.ndarray:
         return np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} is {reprlib.repr(value)}: {needed}") from error
+
+
+def inside(positions: np.ndarray, lattice: np.ndarray) -> np.ndarray:
+    """Positions [n, 3] moved by whole lattice vectors [p, 3] into the cell."""
+    return positions - np.floor(positions @ np.linalg.pinv(lattice)) @ lattice
 
 
 def edges(

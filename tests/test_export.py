@@ -299,6 +299,19 @@ def test_read_as_the_manifest_says(run, exported):
     assert manifest["elements"]["22"] == "Ti" and manifest["cutoff"] == 4.0
 
 
+@pytest.mark.parametrize("pbc", [True, (True, True, False)])
+def test_atoms_that_have_left_the_cell_by_far_cost_no_digits(exported, pbc):
+    model = standalone.load(exported)
+    cell, x = np.diag([7.0, 8.0, 9.0]), molecule("CH3OH").positions
+    numbers = molecule("CH3OH").numbers
+    here = model(numbers, x, cell, pbc)
+    steps = np.random.default_rng(0).integers(-40_000, 40_001, (len(x), 3))
+    there = model(numbers, x + steps * np.broadcast_to(pbc, 3) @ cell, cell, pbc)
+    # float64 keeps 1e-10 Å at 1e6 Å; float32 sums of the network the rest
+    assert there["energy"] == pytest.approx(here["energy"], abs=1e-4)
+    np.testing.assert_allclose(there["forces"], here["forces"], atol=1e-4)
+
+
 @pytest.mark.parametrize("pbc", [False, True, (True, False, True)])
 def test_edges_are_those_of_orbq(pbc):
     rng = np.random.default_rng(1)

@@ -81,6 +81,8 @@ def test_edges_and_fill(made):
     )
     assert found.edges >= expected  # and those of the periodic cell
     assert 0.3 < found.fill.edge <= 1.0
+    assert found.neighbors.mean == pytest.approx(found.edges / len(made["numbers"]))  # of an atom
+    assert found.neighbors.low < found.neighbors.mean < found.neighbors.high
 
 
 def run(*arguments: str):

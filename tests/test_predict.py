@@ -305,6 +305,23 @@ def test_rows_of_a_database_keep_their_pairs_and_data(run, tmp_path, end):
     assert row.energy == pytest.approx(run.predict(atoms)["energy"], abs=1e-3)
 
 
+def test_what_extxyz_says_of_a_structure_goes_into_a_database(run, tmp_path):
+    """Its numbers, which ASE reads as NumPy's: the next prediction is of the same ion."""
+    place, given, out = save_run(run, tmp_path / "run"), tmp_path / "a.extxyz", tmp_path / "a.db"
+    ion = molecule("H2O")
+    ion.info.update(charge=1, spin_multiplicity=2, idx=7, ok=True, temp=300.5, many=[1, 2])
+    ase.io.write(given, ion)
+    assert command("predict", place, given, "--out", out)[0] == 0
+    row = connect(out).get()
+    there = {name: row.data[name] for name in ("charge", "spin_multiplicity", "idx", "ok", "temp")}
+    assert there == {"charge": 1, "spin_multiplicity": 2, "idx": 7, "ok": True, "temp": 300.5}
+    assert list(row.data["many"]) == [1, 2]
+    assert row.energy == pytest.approx(run.predict(ion)["energy"], abs=1e-3)
+    status, text = command("predict", place, out, "--out", tmp_path / "again.db")
+    assert status == 0, text
+    assert connect(tmp_path / "again.db").get().energy == pytest.approx(row.energy, abs=1e-4)
+
+
 def test_names_stay_as_they_are_written(run, tmp_path):
     """Those of groups, which ASE would read as numbers and truths, and words with backslashes."""
     place, given = save_run(run, tmp_path / "run"), tmp_path / "given.extxyz"

@@ -125,8 +125,8 @@ def _faults(summary: Summary, console: Console, dataset: str) -> None:
 def _edges(found: Edges, console: Console) -> None:
     around: Range = found.neighbors
     console.print(
-        f"within {found.cutoff:g} Å: {found.edges:,} directed edges; neighbours per atom "
-        f"{around.low:.1f} to {around.high:.1f}, mean {around.mean:.1f}"
+        f"within {found.cutoff:g} Å: {found.edges:,} directed edges; {around.mean:.1f} neighbours "
+        f"per atom, in a structure's mean {around.low:.1f} to {around.high:.1f}"
     )
     n_node, n_edge, n_graph = found.budget
     console.print(

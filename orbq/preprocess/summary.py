@@ -55,7 +55,8 @@ class Summary(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Graphs at a cutoff: neighbours per atom, and the batches that ``batch_size`` gives."""
+    """Graphs at a cutoff, and the batches that ``batch_size`` gives. neighbors: of an atom; least
+    and greatest mean of a structure, and the mean over all atoms."""
 
     cutoff: float
     edges: int
@@ -245,10 +246,11 @@ def edges(dataset: Dataset, cutoff: float, batch_size: int) -> Edges:
     plan = make_plan(pool.n_nodes, pool.n_edges, budget, seed=0, epoch=0)
     track = _Track()
     track.add(pool.n_edges / pool.n_nodes, np.arange(len(pool)))
+    n_edges = int(pool.n_edges.sum(dtype=np.int64))
     return Edges(
         cutoff=cutoff,
-        edges=int(pool.n_edges.sum(dtype=np.int64)),
-        neighbors=track.result(),
+        edges=n_edges,
+        neighbors=track.result()._replace(mean=n_edges / int(pool.n_nodes.sum(dtype=np.int64))),
         batch_size=batch_size,
         budget=budget,
         fill=fill_rates(plan, pool.n_nodes, pool.n_edges, budget),
