@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import ase.io
@@ -88,7 +89,7 @@ def test_edges_and_fill(made):
 def run(*arguments: str):
     from typer.testing import CliRunner
 
-    for name in ("inspect", "verify"):
+    for name in ("inspect", "preprocess", "verify"):
         COMMANDS[name] = f"orbq.commands.{name}"
     return CliRunner().invoke(make_app(), list(arguments))
 
@@ -130,6 +131,27 @@ DAMAGE = {
     "too long": (lambda p: p.write_bytes(p.read_bytes() + b"0"), "too long: "),
     "missing": (lambda p: p.unlink(), "missing"),
 }
+
+
+def test_the_command_that_labels_again_makes_the_same(tmp_path):
+    """With the names that were given, the settings, and names that a shell would take apart."""
+    ion = molecule("H2O")
+    ion.info.update(q=1, mult=2, Eref=-7.0)
+    given = tmp_path / "my data.extxyz"
+    ase.io.write(given, ion)
+    keys = ["--charge-key", "q", "--spin-key", "mult", "--energy-key", "Eref"]
+    place = tmp_path / "my set"
+    options = [*keys, "--spin-polarized", "--min-height", "9"]
+    assert run("preprocess", str(given), "--out", str(place), *options).exit_code == 0
+    before = (place / "manifest.json").read_text()
+    array_file(place, "onsite").write_bytes(b"x")
+    told = run("verify", str(place)).output
+    words = shlex.split(told[told.index("orbq preprocess") :].splitlines()[0])
+    shutil.rmtree(place)
+    assert run(*words[1:]).exit_code == 0
+    again = json.loads((place / "manifest.json").read_text())
+    assert again["job"] == json.loads(before)["job"]
+    assert verify(place) == []
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

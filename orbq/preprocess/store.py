@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,14 +172,29 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}; delete {directory} and run `orbq preprocess` again"
         ) from error
     if version != SCHEMA_VERSION:
-        known = wrong(manifest, {"sources": [{"name": str}]}) is None
-        inputs = " ".join(s["name"] for s in manifest["sources"]) if known else "INPUT..."
         raise InputError(
             f"{directory} has schema version {version}, this orbq reads {SCHEMA_VERSION}; convert "
-            f"it by labelling again: `orbq preprocess {inputs} --out NEW`"
+            f"it by labelling again: `{command_of(manifest, 'NEW')}`"
             + ("" if version < SCHEMA_VERSION else ", or install a newer orbq")
         )
     return dict(manifest)
+
+
+def command_of(manifest: Mapping[str, Any], out: str) -> str:
+    """The command that labels a data set again, with all that decides what is in it; of a manifest
+    that does not say it, its form."""
+    settings = {"spin_polarization": bool, "min_height": float}
+    job = {"keys": {str: str}, "settings": settings}
+    if wrong(manifest, {"sources": [{"name": str}], "method": str, "job": job}):
+        return f"orbq preprocess INPUT... --out {out}"
+    job, settings = manifest["job"], manifest["job"]["settings"]
+    options = ["--method", manifest["method"]]
+    for name, key in job["keys"].items():
+        options += [f"--{name.replace('_', '-')}-key", key]
+    options += ["--spin-polarized"] * settings["spin_polarization"]
+    options += ["--min-height", f"{settings['min_height']:g}"]
+    inputs = [source["name"] for source in manifest["sources"]]
+    return shlex.join(["orbq", "preprocess", *inputs, "--out", out, *options])
 
 
 def _remedy(directory: Path) -> str:

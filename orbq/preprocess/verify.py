@@ -56,10 +56,9 @@ def cache_problems(directory: str | Path) -> list[str]:
 
 def remedy(directory: Path, manifest: dict[str, Any]) -> str:
     """What to do about a damaged data set."""
-    inputs = " ".join(source["name"] for source in manifest["sources"])
     return (
         f"copy {directory} again from where it is whole, or delete it and label again: "
-        f"orbq preprocess {inputs} --out {directory} --method {manifest['method']}"
+        + store.command_of(manifest, str(directory))
     )
 
 
