@@ -4,7 +4,8 @@
 
 Reads results/qm7_{curves,targets,first_*}.jsonl, and for a second table those of ``longest``,
 ``first_longest`` and ``first_wide``; a third holds what labels first bring against energies alone
-in as many or in four times the steps, whichever validation prefers at each size. Each arm is held
+in as many or in four times the steps, whichever validation prefers at each size (and so do mean
+energies, in its last rows). Each arm is held
 against energy-only training, both with the network that its own validation error chose (study
 ``networks``), over replicates of the same seed and subset (curves.py). Writes
 results/qm7_curves.png.
@@ -89,7 +90,15 @@ def main() -> None:
     tell(table)
     draw(table, RESULTS / "qm7_curves.png")
     print("\nlabels first, against energies alone in the better of two lengths of training")
-    tell({BASELINE: best_alone(table), **{arm: table[arm] for arm in FIRST}})
+    alone = best((BASELINE, "curves"), (BASELINE, "longest"))
+    first = best((ARMS["mean"], "first_mean"), (ARMS["longest"], "first_longest"))
+    tell(
+        {
+            BASELINE: alone,
+            **{arm: table[arm] for arm in FIRST},
+            f"{ARMS['mean']}, the better of two lengths": first,
+        }
+    )
     print("\nfour times the steps")
     longest, chosen_by = read(LONGEST), read(LONGEST, "validation")
     for arm in (ARMS[f"base_{size}"] for size in ("deep", "wide", "wider")):  # if better
@@ -101,17 +110,22 @@ def main() -> None:
     tell(longest)
 
 
-def best_alone(table: Table) -> dict[int, Errors]:
-    """Energies alone as the curves have them, or in four times the steps where validation errors
-    are lower so, by size."""
-    short, long = read(("curves",), "validation")[BASELINE], read(("longest",), "validation")
-    longer, best = read(("longest",))[BASELINE], dict(table[BASELINE])
-    for n, errors in long[BASELINE].items():
-        both = {k: short[n][k] for k in errors}
+def best(short: tuple[str, str], long: tuple[str, str]) -> dict[int, Errors]:
+    """An arm (its name, its study), or the same in four times the steps where validation errors are
+    lower so, by size."""
+    (arm, study), (long_arm, long_study) = short, long
+    chosen_by, longer_by = (
+        read((s,), "validation")[a] for a, s in ((arm, study), (long_arm, long_study))
+    )
+    longer, found = read((long_study,))[long_arm], dict(read((study,))[arm])
+    for n, errors in longer_by.items():
+        both = {k: chosen_by[n][k] for k in errors}
         if mean(errors) < mean(both):
-            best[n] = longer[n]
-        print(f"{n}: validation {mean(both):.2f}, in four times the steps {mean(errors):.2f}")
-    return best
+            found[n] = longer[n]
+        print(
+            f"{arm}, {n}: validation {mean(both):.2f}, in four times the steps {mean(errors):.2f}"
+        )
+    return found
 
 
 def tell(table: Table) -> None:
