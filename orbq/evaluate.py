@@ -24,7 +24,7 @@ from orbq.orbitals import MAX_Z, SYMBOLS, parts
 from orbq.preprocess.flat import ragged_rows
 from orbq.preprocess.pack import PackedBatch
 from orbq.preprocess.pool import Part, Pool
-from orbq.preprocess.store import Dataset
+from orbq.preprocess.store import Dataset, check_atoms
 from orbq.run import Run
 from orbq.schema import FIELDS
 from orbq.scores import ENERGIES, FORCES, PER_STRUCTURE, Cost, Evaluation, Values
@@ -92,6 +92,7 @@ def _known(run: Run, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, di
     offsets, n_node = np.asarray(dataset["offsets"]), dataset.n_atoms[rows]
     atoms = ragged_rows(offsets[rows], n_node)
     numbers = np.asarray(dataset["numbers"][atoms])
+    check_atoms(dataset.path, numbers, np.asarray(dataset["positions"][atoms]))
     structure = np.repeat(np.arange(len(rows)), n_node)
     strange = ~table[numbers]
     known = np.bincount(structure[strange], minlength=len(rows)) == 0

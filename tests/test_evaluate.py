@@ -171,6 +171,14 @@ def test_labels_of_another_method_are_named(run, dataset):
         evaluate(orbq.load("gfn1-metals"), other)
 
 
+def test_damaged_atoms_are_named(run, dataset):
+    arrays = dict(dataset.arrays)
+    arrays["numbers"] = np.array(arrays["numbers"])
+    arrays["numbers"][3] = 99_999
+    with pytest.raises(InputError, match="is damaged: it holds an atom of atomic number 99999"):
+        evaluate(run, Dataset(dataset.path, dataset.manifest, arrays))
+
+
 def test_targets_must_be_predicted_by_the_run(run, dataset):
     with pytest.raises(InputError, match="'dft' cannot be evaluated"):
         evaluate(run, dataset, targets=("dft",))
