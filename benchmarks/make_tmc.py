@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hours", type=_hours, default=math.inf, metavar="H", help="stop after this long")
     add("--limit", type=_number(1), default=sys.maxsize, metavar="N", help="the first N species")
     add("--structures-only", action="store_true", help="GFN2-xTB geometries, no DFT, no PySCF")
-    text = "leave out the species of these data sets, e.g. of a run whose directory is gone"
+    text = "leave out the species of these data sets"
     add("--known", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     add("--force", action="store_true", help="allow a reserved seed and reserved species")
     commands = parser.add_subparsers(dest="command", title="afterwards")
@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     filters = commands.add_parser("filter", help="make a data set of runs", description=description)
     add = filters.add_argument
     add("sources", nargs="+", type=Path, metavar="SOURCE", help="run directory or extxyz(.gz) file")
+    text = "leave out the species of these data sets: what is new since they were written"
+    add("--known", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     add("--out", required=True, metavar="STEM", help="writes STEM.extxyz.gz, STEM_stats.json")
     add("--structures-only", action="store_true", help="the geometries without DFT")
     add("--force", action="store_true", help="replace existing output")
@@ -109,12 +111,10 @@ def _hours(text: str) -> float:
 
 
 def _generate(given: argparse.Namespace) -> None:
-    from tmc.filter import read_frames
     from tmc.generate import Options, generate, generate_geometries
     from tmc.species import METALS
 
     metals = METALS if given.metals is None else tuple(given.metals.split(","))
-    known = read_frames(given.known, not given.structures_only) if given.known else []
     options = Options(
         out=given.out,
         seed=given.seed,
@@ -124,9 +124,17 @@ def _generate(given: argparse.Namespace) -> None:
         hours=given.hours,
         limit=given.limit,
         force=given.force,
-        known=frozenset(frame.info["group"] for frame in known),
+        known=_known(given),
     )
     (generate_geometries if given.structures_only else generate)(options)
+
+
+def _known(given: argparse.Namespace) -> frozenset[str]:
+    """The species of --known."""
+    from tmc.filter import read_frames
+
+    known = read_frames(given.known, not given.structures_only) if given.known else []
+    return frozenset(frame.info["group"] for frame in known)
 
 
 def _filter(given: argparse.Namespace) -> None:
@@ -139,6 +147,9 @@ def _filter(given: argparse.Namespace) -> None:
         raise InputError(f"{data}: exists; choose another --out, or --force to replace it")
     frames = read_frames(given.sources, labelled=not given.structures_only)
     filtered = (filter_unlabelled if given.structures_only else filter_labelled)(frames)
+    known = _known(given)
+    new = [frame for frame in filtered.frames if frame.info["group"] not in known]
+    filtered = filtered._replace(frames=new)
     print(f"{len(frames)} structures read, {len(filtered.frames)} kept")
     for reason, count in sorted(filtered.dropped.items()):
         print(f"  dropped {count}: {reason}")

@@ -228,6 +228,23 @@ def test_filter_command_refuses_to_overwrite(
     assert (tmp_path / "set.v1.extxyz.gz").read_bytes() == data
 
 
+def test_filter_leaves_out_what_is_known(tmp_path: Path) -> None:
+    """A run that goes on is written as what is new since it was written first."""
+    run = tmp_path / "run"
+    outs = [tmp_path / name for name in ("first", "rest")]
+    generate.generate_geometries(_options(run, metals=("Ag",), limit=1))
+    assert make_tmc.main(["filter", str(run), "--structures-only", "--out", str(outs[0])]) == 0
+    generate.generate_geometries(_options(run, metals=("Ag", "Cu"), limit=3))
+    first = f"{outs[0]}.extxyz.gz"
+    more = ["filter", str(run), "--structures-only", "--known", first, "--out", str(outs[1])]
+    assert make_tmc.main(more) == 0
+    groups = [
+        {frame.info["group"] for frame in filter.read_frames([Path(f"{out}.extxyz.gz")], False)}
+        for out in outs
+    ]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         make_tmc.main(["--help"])
