@@ -153,7 +153,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is what is measured
-    jax.config.update("jax_default_matmul_precision", "highest")
     setup = make_setup(given.channels)
     facts = {
         "channels": given.channels, "atoms": setup.atoms, "steps": given.steps,

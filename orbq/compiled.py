@@ -15,9 +15,8 @@ from orbq.errors import InputError
 
 
 def configure_jax(config: Config) -> None:
-    """Precision and compilation cache of this process."""
+    """Floats and compilation cache of this process."""
     jax.config.update("jax_enable_x64", config.training.precision == "float64")
-    jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     if config.training.compilation_cache:
         use_compilation_cache()
 

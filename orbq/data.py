@@ -95,6 +95,7 @@ def architecture_of(config: Config) -> Architecture:
         heads=tuple(heads),
         activations=config.training.activations,
         kernels=_kernels(config),
+        matmul_precision=config.training.matmul_precision,
     )
 
 

@@ -82,6 +82,7 @@ def fit(
     A directory that holds this very run is gone on with, from the newest good checkpoint.
     overwrite: start anew, deleting the old run. In a job of several processes (``devices.join``)
     all of them call this, with a directory that all of them see.
+    JAX's jax_enable_x64 is then, in the whole process, as the configuration's precision needs it.
 
     Raises InputError when the directory holds another run or a link out of it, or training.initial
     names none to begin from, PreemptedError after SIGTERM (a checkpoint is written), OrbqError when

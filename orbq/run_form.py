@@ -34,6 +34,10 @@ def fault(info: Mapping[str, Any], config: Config) -> str | None:
     for name, value in config.model.model_dump(mode="json").items():
         if name in stored and (stored[name] != value or type(stored[name]) is not type(value)):
             return f"architecture.{name} is {stored[name]!r:.40}, config.model.{name} {value!r}"
+    for name in ("activations", "matmul_precision"):
+        value = getattr(config.training, name)
+        if stored.get(name, value) != value:
+            return f"architecture.{name} is {stored[name]!r:.40}, config.training.{name} {value!r}"
     for head in stored["heads"]:
         if len(head) != 2 or head[0] not in tuple(TARGETS) or head[1] not in _KINDS:
             return f"architecture.heads holds {head!r:.80}"

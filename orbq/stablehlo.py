@@ -138,7 +138,11 @@ def _program(run: Run, target: str | None) -> Callable[..., tuple[Array, ...]]:
         if target is None:
             return out.energy[0], out.forces
         weights = jnp.asarray(TARGETS[target].charge, positions.dtype)
-        return out.energy[0], out.forces, out.charges[target] @ weights
+        return (
+            out.energy[0],
+            out.forces,
+            jnp.matmul(out.charges[target], weights, precision="highest"),
+        )
 
     return program
 

@@ -218,7 +218,10 @@ def make_gradient_report(
 
     def dot(a: Any, b: Any) -> Array:
         return sum(
-            (jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)),
+            (
+                jnp.vdot(x, y, precision="highest")
+                for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+            ),
             jnp.zeros(()),
         )
 

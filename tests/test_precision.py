@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from graphs import TINY, constants, heads, make_graph, quick_jit, random_params, three
 
+import orbq
 from orbq.config import BACKBONES, parse_config
 from orbq.data import architecture_of
 from orbq.errors import InputError
@@ -93,3 +94,37 @@ def test_the_configuration_chooses_the_activations():
     assert architecture_of(config).activations == "bfloat16"
     with pytest.raises(InputError, match=r"activations: is 'bfloat16', which needs .*float32"):
         parse_config({"training": {"activations": "bfloat16", "precision": "float64"}})
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_matrix_products_have_the_precision_of_the_network(backbone, precision):
+    """Those of forces, stress, charges and of training on forces, whatever JAX is set to: what a
+    notebook computes with a run is what training did."""
+    architecture = potential_of(backbone, "full").architecture
+    potential = make_potential(
+        architecture._replace(matmul_precision=precision), constants(("atomic",))
+    )
+    params = jax.tree.map(jnp.asarray, random_params(potential, "float32"))
+    positions, graph = make_graph(three())
+    cells = jnp.broadcast_to(9 * jnp.eye(3), (graph.n_node.shape[0], 3, 3))
+    graph = graph._replace(globals={**graph.globals, "cell": cells})
+
+    def everything(p: Any, x: Any) -> Any:
+        return predict(potential, p, x, graph, ("atomic", "stress"))
+
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.sum(everything(p, x).forces ** 2)
+
+    for function in (everything, jax.grad(loss)):
+        text = jax.jit(function).lower(params, positions).as_text()
+        dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        own = [line for line in dots if "HIGHEST" not in line]
+        assert dots and (not own if precision == "highest" else own)
+
+
+def test_a_loaded_run_keeps_its_precision_of_matrix_products():
+    run = orbq.load("gfn1-metals")
+    assert run.potential.architecture.matmul_precision == "highest"
+    config = parse_config({"training": {"matmul_precision": "high"}})
+    assert architecture_of(config).matmul_precision == "high"

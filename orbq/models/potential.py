@@ -61,7 +61,8 @@ class Architecture(NamedTuple):
     "equivariant" or "invariant" ("energy" for xtb_energy and xtb_forces, which
     share one second energy readout). activations: type of the layers' features, "full" or
     "bfloat16"; geometry, readouts, heads and sums keep the positions' type. kernels: what computes
-    messages, "xla" or "cuequivariance"; the parameters are the same.
+    messages, "xla" or "cuequivariance"; the parameters are the same. matmul_precision: of matrix
+    products, "highest", "high" or "default", whatever JAX is set to around them.
     """
 
     backbone: str = "nequip"
@@ -81,6 +82,7 @@ class Architecture(NamedTuple):
     heads: tuple[tuple[str, str], ...] = ()
     activations: str = "full"
     kernels: str = "xla"
+    matmul_precision: str = "highest"
 
 
 class Potential(NamedTuple):
@@ -214,7 +216,8 @@ def make_potential(architecture: Architecture, constants: Constants) -> Potentia
     def apply(
         params: Params, positions: Array, graph: jraph.GraphsTuple, targets: tuple[str, ...] = ()
     ) -> tuple[Array, dict[str, Array]]:
-        found: Any = network.apply({"params": params}, positions, graph, targets)
+        with jax.default_matmul_precision(architecture.matmul_precision):  # of derivatives, too
+            found: Any = network.apply({"params": params}, positions, graph, targets)
         return found
 
     return Potential(init, apply, architecture, constants)
@@ -234,14 +237,15 @@ def node_features(
 ) -> Float[Array, "N C"]:
     """The invariant features of every atom after the last layer, from which its energy is read."""
     network = _Network(potential.architecture, potential.constants)
-    _, found = network.apply(
-        {"params": params},
-        positions,
-        graph,
-        (),
-        capture_intermediates=lambda module, _: module.name == "backbone",
-        mutable=["intermediates"],
-    )
+    with jax.default_matmul_precision(potential.architecture.matmul_precision):
+        _, found = network.apply(
+            {"params": params},
+            positions,
+            graph,
+            (),
+            capture_intermediates=lambda module, _: module.name == "backbone",
+            mutable=["intermediates"],
+        )
     (features,) = found["intermediates"]["backbone"]["__call__"]
     return jnp.asarray(features.scalars[-1], positions.dtype)
 

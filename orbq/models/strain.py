@@ -46,4 +46,4 @@ def stress_of(
 
 
 def _deformed(vectors: Float[Array, "n 3"], strain: Float[Array, "n 3 3"]) -> Float[Array, "n 3"]:
-    return vectors + jnp.einsum("ni,nij->nj", vectors, strain)
+    return vectors + jnp.einsum("ni,nij->nj", vectors, strain, precision="highest")
