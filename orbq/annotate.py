@@ -10,7 +10,7 @@ import bz2
 import gzip
 import lzma
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from orbq.inference import (
 )
 from orbq.preprocess import comment
 from orbq.preprocess.frames import Frame, Source, read_frames
-from orbq.preprocess.read import DEFAULT_NAMES, as_written, results_of
+from orbq.preprocess.read import DEFAULT_NAMES, Reader, as_written, results_of
 from orbq.run import Run, require_energy
 from orbq.schema import Structure
 from orbq.targets import CHARGE_TARGETS
@@ -58,12 +58,12 @@ class Refused(NamedTuple):
 
 def annotate(
     run: Run | Ensemble,
-    sources: Sequence[Source],
+    reader: Reader,
     charges: bool = False,
     batch_size: int = 16,
     stress: bool = False,
 ) -> Iterator[Atoms | Refused]:
-    """Every structure of the files with its predictions, in their order, in constant memory.
+    """Every structure of a reader's files with its predictions, in order, in constant memory.
 
     Energy and forces are set as the calculator's results, in place of all that came with the
     structure and follows from another energy; with ``stress`` also the stress of
@@ -75,7 +75,7 @@ def annotate(
 
     Raises InputError for charges of a run without a charge target, for a run of which nothing is
     left to give or that was not taught what the stress follows from, and when a whole file is at
-    fault.
+    fault, or has no structure with a charge or spin under the name that the reader wants.
     """
     target = charge_target(run) if charges else None
     if target is None or stress:
@@ -87,15 +87,16 @@ def annotate(
     refused: deque[Refused] = deque()
 
     def usable() -> Iterator[Structure]:
-        for source in sources:
+        for source in reader.sources:
             for frame in read_frames(source):
-                found = _structure(run, source, frame)
+                found = _structure(run, reader, source, frame)
                 if isinstance(found, Refused):
                     refused.append(found)
                 else:
                     frame.atoms.info = dict(as_written(frame.atoms.info, GROUPS, frame))
                     waiting.append(frame.atoms)
                     yield found
+        reader.check_demanded()
 
     for members in predict_members(predictors, usable(), batch_size):
         while refused:
@@ -117,11 +118,13 @@ def charge_target(run: Run | Ensemble) -> str:
     )
 
 
-def _structure(run: Run | Ensemble, source: Source, frame: Frame) -> Structure | Refused:
+def _structure(
+    run: Run | Ensemble, reader: Reader, source: Source, frame: Frame
+) -> Structure | Refused:
     if frame.atoms is None:
         return Refused(source.name, frame.number, frame.reason)
     try:
-        structure = run.structure(frame.atoms)
+        structure = run.structure(frame.atoms, reader)
         run.reference_energy(structure)
     except InputError as error:
         return Refused(source.name, frame.number, str(error))

@@ -25,6 +25,7 @@ from orbq.calculator import Calculator
 from orbq.errors import InputError
 from orbq.inference import BatchPredictor, Predicted, checked_batch_size, predict_members
 from orbq.orbitals import SYMBOLS, parts
+from orbq.preprocess.read import Reader
 from orbq.run import Run, is_one, load, usable
 from orbq.schema import Structure
 
@@ -67,9 +68,9 @@ class Ensemble:
         """Whether energies or forces taught every member."""
         return all(run.taught_energy for run in self.runs)
 
-    def structure(self, atoms: Atoms | Structure) -> Structure:
+    def structure(self, atoms: Atoms | Structure, reader: Reader | None = None) -> Structure:
         """The checked structure of an ``ase.Atoms``, as ``Run.structure``."""
-        return self.runs[0].structure(atoms)
+        return self.runs[0].structure(atoms, reader)
 
     def reference_energy(self, structure: Structure) -> float:
         """The members' mean. Raises InputError where a member knows none, as the run's own does."""

@@ -6,16 +6,30 @@ lines.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 
+DEFAULTED = {
+    "charge": "not in the input: 0 assumed",
+    "spin": "not in the input: the lowest possible multiplicity assumed",
+}
+
 
 def output(**settings: Any) -> Console:
     """Standard output, for what a command finds; settings: others of rich's Console."""
     return Console(soft_wrap=True, highlight=False, markup=False, **settings)
+
+
+def found_as(field: str, names: Mapping[str, int]) -> str:
+    """Under which names the input has a field, with how many structures have each if there are
+    several; what is taken where it has none."""
+    if not names:
+        return DEFAULTED.get(field, "not in the input")
+    return ", ".join(f"{n} ({k:,})" if len(names) > 1 else n for n, k in names.items())
 
 
 class Whole:

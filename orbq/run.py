@@ -31,7 +31,7 @@ from orbq.models.potential import Params, Potential, energy_fn, make_potential, 
 from orbq.orbitals import SYMBOLS
 from orbq.preprocess.check import check_predicted
 from orbq.preprocess.flat import folded, near_origin
-from orbq.preprocess.frames import Source
+from orbq.preprocess.frames import Frame, Source
 from orbq.preprocess.neighbors import neighbor_list
 from orbq.preprocess.read import DEFAULT_NAMES, Failure, Reader
 from orbq.preprocess.references import References
@@ -142,16 +142,16 @@ class Run:
         )
         return jnp.asarray(near_origin(structure.positions, np.array([n])), dtype), graph
 
-    def structure(self, atoms: Atoms | Structure) -> Structure:
+    def structure(self, atoms: Atoms | Structure, reader: Reader | None = None) -> Structure:
         """The checked structure of an ``ase.Atoms``; atoms that have left the cell by far are in it
-        again."""
+        again. reader: what finds charge and spin; None: under the usual names."""
         if isinstance(atoms, Structure):
             structure = atoms
         elif not is_one(atoms):
             raise InputError(f"{reprlib.repr(atoms)} is no structure: give an ase.Atoms")
         else:
-            reader = Reader([Source("atoms", Path(), "")], atoms=[atoms], labels=False)
-            found = next(iter(reader))
+            reader = reader or Reader([Source("atoms", Path(), "")], labels=False)
+            found = reader.structure(Frame(0, atoms), 0)
             if isinstance(found, Failure):
                 raise InputError(f"the structure cannot be used: {found.reason}")
             structure = found

@@ -18,6 +18,12 @@ from orbq.annotate import Refused, Writer, annotate
 from orbq.cli import make_app
 from orbq.errors import InputError
 from orbq.preprocess.frames import find_sources
+from orbq.preprocess.read import Reader
+
+
+def reader(path: object) -> Reader:
+    """Of the structures of a file, to be predicted."""
+    return Reader(find_sources([str(path)]), labels=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,13 @@ def test_nothing_but_bad_structures(small, tmp_path):
 
 def test_charges_need_a_charge_target(structures):
     with pytest.raises(InputError, match="predicts no charges"):
-        next(annotate(random_run((), lmax=0, n_layers=1), find_sources([structures]), charges=True))
+        next(
+            annotate(
+                random_run((), lmax=0, n_layers=1),
+                reader(structures),
+                charges=True,
+            )
+        )
 
 
 def _labelled_water() -> ase.Atoms:
@@ -122,7 +134,7 @@ def test_what_came_with_a_structure_stays(tmp_path):
     """But for what follows from an energy, where another energy takes its place."""
     path = tmp_path / "labelled.extxyz"
     ase.io.write(path, _labelled_water())
-    (found,) = annotate(random_run((), lmax=0, n_layers=1), find_sources([path]))
+    (found,) = annotate(random_run((), lmax=0, n_layers=1), reader(path))
     assert found.get_potential_energy() != pytest.approx(-1.0)
     assert set(found.calc.results) == {"energy", "forces", "dipole", "magmoms"}
     np.testing.assert_allclose(found.get_dipole_moment(), [0.0, 0.0, 0.4])
@@ -131,7 +143,7 @@ def test_what_came_with_a_structure_stays(tmp_path):
 def test_charges_alone_leave_energies_and_forces(tmp_path):
     path = tmp_path / "labelled.extxyz"
     ase.io.write(path, _labelled_water())
-    (found,) = annotate(orbq.load("gfn1-metals"), find_sources([path]), charges=True)
+    (found,) = annotate(orbq.load("gfn1-metals"), reader(path), charges=True)
     assert found.get_potential_energy() == -1.0
     np.testing.assert_allclose(found.get_forces(), 0.5)
     assert found.get_charges().sum() == pytest.approx(0.0, abs=1e-5)
@@ -163,7 +175,7 @@ def test_streams_in_chunks_with_few_compilations(tmp_path):
     frames = [molecule(n) for n in ("H2", "CH4", "C2H6", "C6H6")]
     path = tmp_path / "many.xyz"
     ase.io.write(path, [atoms for atoms in frames for _ in range(20)])
-    found = list(annotate(run, find_sources([path]), batch_size=1))
+    found = list(annotate(run, reader(path), batch_size=1))
     assert not any(isinstance(item, Refused) for item in found)
     energies = [atoms.get_potential_energy() for atoms in found]
     for k in (0, 3):
@@ -209,7 +221,7 @@ def test_slabs_crystals_and_ions_beside_each_other(tmp_path):
     ase.io.write(path, [slab, ion, crystal, ase.Atoms("H")])
     run = random_run((), lmax=1, n_layers=1)
     calculator = orbq.Calculator(run)
-    for atoms in annotate(run, find_sources([path])):
+    for atoms in annotate(run, reader(path)):
         alone = atoms.copy()
         alone.calc = calculator
         assert atoms.get_potential_energy() == pytest.approx(alone.get_potential_energy(), abs=1e-4)

@@ -19,6 +19,7 @@ from orbq.errors import InputError
 from orbq.initial import TAUGHT_FILE, prepare_from, with_own_copy
 from orbq.preprocess.frames import find_sources
 from orbq.preprocess.label import preprocess
+from orbq.preprocess.read import Reader
 from orbq.preprocess.store import Dataset
 from orbq.run_files import EMBEDDED, run_directory
 from orbq.stablehlo import export
@@ -26,6 +27,11 @@ from orbq.stablehlo import export
 (NAME,) = EMBEDDED
 ROOT = Path(orbq.__file__).parent
 COMMON = {"H", "C", "N", "O", "Cl", "Ti", "Zr", "Pd"}  # each many times, whatever is held out
+
+
+def reader(path: object) -> Reader:
+    """Of the structures of a file, to be predicted."""
+    return Reader(find_sources([str(path)]), labels=False)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_what_it_was_not_taught_is_not_given(run: orbq.Run) -> None:
 def test_files_get_its_charges_and_no_energy(run: orbq.Run, tmp_path: Path) -> None:
     atoms = ase.io.read(ROOT / "data" / "tmc.extxyz.gz", 0)
     ase.io.write(tmp_path / "one.extxyz", atoms)
-    source = find_sources([str(tmp_path / "one.extxyz")])
+    source = reader(str(tmp_path / "one.extxyz"))
     (found,) = annotate(run, source, charges=True)
     assert found.arrays["orbital_charges"].shape == (len(atoms), 10)
     came = ase.io.read(tmp_path / "one.extxyz")  # its energy and forces are DFT's still
@@ -83,7 +89,7 @@ def test_files_get_its_charges_and_no_energy(run: orbq.Run, tmp_path: Path) -> N
     np.testing.assert_array_equal(found.get_forces(), came.get_forces())
     bare = ase.Atoms(atoms.numbers, atoms.positions, info={"charge": atoms.info["charge"]})
     ase.io.write(tmp_path / "bare.extxyz", bare)
-    (found,) = annotate(run, find_sources([str(tmp_path / "bare.extxyz")]), charges=True)
+    (found,) = annotate(run, reader(str(tmp_path / "bare.extxyz")), charges=True)
     assert "energy" not in found.calc.results
     with pytest.raises(InputError, match="neither energies nor forces"):
         next(annotate(run, source))

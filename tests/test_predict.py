@@ -322,6 +322,29 @@ def test_what_extxyz_says_of_a_structure_goes_into_a_database(run, tmp_path):
     assert connect(tmp_path / "again.db").get().energy == pytest.approx(row.energy, abs=1e-4)
 
 
+def test_charges_under_another_name_are_read_as_asked(run, tmp_path):
+    """As preprocess reads them; and what was found, or assumed, is said."""
+    place, given = save_run(run, tmp_path / "run"), tmp_path / "a.extxyz"
+    ion, other = molecule("H2O"), molecule("H2O")
+    ion.info.update(q=1, mult=2)
+    ase.io.write(given, [ion, other])
+    named = molecule("H2O")
+    named.info.update(charge=1, spin_multiplicity=2)
+    status, text = command("predict", place, given, "--out", tmp_path / "plain.extxyz")
+    assert status == 0 and "charge: not in the input: 0 assumed" in text
+    keys = ("--charge-key", "q", "--spin-key", "mult")
+    status, text = command("predict", place, given, "--out", tmp_path / "own.extxyz", *keys)
+    assert status == 0 and "charge: q" in text and "spin: mult" in text, text
+    found = [atoms.get_potential_energy() for atoms in ase.io.read(tmp_path / "own.extxyz", ":")]
+    expected = [run.predict(atoms)["energy"] for atoms in (named, other)]
+    assert expected[0] != pytest.approx(expected[1], abs=1e-3)
+    assert found == pytest.approx(expected, abs=1e-4)
+    out = tmp_path / "none.extxyz"
+    status, text = command("predict", place, given, "--out", out, "--charge-key", "Q")
+    assert status == 2 and not out.exists()
+    assert "no structure has the charge key 'Q'; keys present: mult, q" in text, text
+
+
 def test_names_stay_as_they_are_written(run, tmp_path):
     """Those of groups, which ASE would read as numbers and truths, and words with backslashes."""
     place, given = save_run(run, tmp_path / "run"), tmp_path / "given.extxyz"

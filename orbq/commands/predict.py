@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from orbq.errors import InputError
-from orbq.output import output
+from orbq.output import found_as, output
 
 if TYPE_CHECKING:
     from orbq.annotate import Refused, Writer
@@ -46,6 +47,11 @@ def predict(
         typer.Option("--stress", help="Also the stress of structures with a lattice."),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch, on average.")] = 16,
+    charge_key: Annotated[str | None, typer.Option(help="Total charge, e (default 0).")] = None,
+    spin_key: Annotated[
+        str | None,
+        typer.Option(help="Spin multiplicity 2S + 1 (default: the lowest possible)."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing --out.")
     ] = False,
@@ -58,7 +64,8 @@ def predict(
     With --stress: stress [eV/Å^3] of structures that are periodic in three directions.
     With --charges: charges [e], and per atom orbital_charges (s, s', p x y z, d in e3nn's order)
     and shell_charges (s, s', p, d). Total charge and spin multiplicity are read from the input
-    (charge, spin_multiplicity; default: neutral, lowest spin). A structure that cannot be
+    (charge, spin_multiplicity and the like, or what --charge-key and --spin-key name; default:
+    neutral, lowest spin); what they were found as is said. A structure that cannot be
     predicted is left out and listed; the others are not affected.
 
     With several runs (directories before the files; same elements and charge targets) everything
@@ -71,11 +78,13 @@ def predict(
       orbq predict runs/mine 'md/*.traj' --out predicted.traj
       orbq predict runs/mine complexes.extxyz.gz --out charges.extxyz --charges
       orbq predict runs/seed* mine.xyz --out mean.extxyz
+      orbq predict runs/mine ions.xyz --charge-key q
     """
     from orbq.annotate import Refused, Writer, annotate
     from orbq.ensemble import Ensemble
     from orbq.inference import open_run
     from orbq.preprocess.frames import find_sources
+    from orbq.preprocess.read import Keys, Reader
     from orbq.run_files import names_of
 
     directories, inputs = _split(run, inputs)
@@ -85,18 +94,19 @@ def predict(
         raise InputError(f"--out {out} exists: name another file, or replace it with --overwrite")
     runs = [open_run(directory) for directory in directories]
     loaded = runs[0] if len(runs) == 1 else Ensemble(runs, [str(path) for path in directories])
+    reader = Reader(sources, Keys(charge=charge_key, spin=spin_key), labels=False)
     writer = Writer(out)
     refused: list[Refused] = []
     with closing(writer), _bar() as bar:
         task = bar.add_task("", total=None, state="compiling")
-        for item in annotate(loaded, sources, charges, batch_size, stress):
+        for item in annotate(loaded, reader, charges, batch_size, stress):
             if isinstance(item, Refused):
                 refused.append(item)
             else:
                 writer.write(item)
             bar.update(task, state=_state(writer.count, len(refused)))
         writer.finish()
-    _summarise(writer, refused)
+    _summarise(writer, refused, reader.names_used)
 
 
 def _split(run: Path, rest: list[str]) -> tuple[list[Path], list[str]]:
@@ -125,7 +135,9 @@ def _state(written: int, refused: int) -> str:
     return f"{written:,} structures{left_out}"
 
 
-def _summarise(writer: Writer, refused: list[Refused]) -> None:
+def _summarise(
+    writer: Writer, refused: list[Refused], names: Mapping[str, Mapping[str, int]]
+) -> None:
     """Say what was written and what was left out, and why. Raises InputError if that was all."""
     out, written = writer.path, writer.count
     console = output()
@@ -142,6 +154,8 @@ def _summarise(writer: Writer, refused: list[Refused]) -> None:
     if not written:
         raise InputError(f"none of the {len(refused):,} structures could be predicted")
     console.print(Text(f"{out}: {_state(written, len(refused))}"))
+    for field in ("charge", "spin"):
+        console.print(f"{field}: {found_as(field, names[field])}")
     if not writer.keeps:
         console.print(
             Text(

@@ -9,21 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orbq.output import Whole, output
+from orbq.output import Whole, found_as, output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from orbq.preprocess.label import Progress
     from orbq.preprocess.store import Dataset
 
 
 PHASES = {"read": "reading", "label": "labelling", "store": "checksums"}
-DEFAULTED = {
-    "charge": "not in the input: 0 assumed",
-    "spin": "not in the input: the lowest possible multiplicity assumed",
-    "group": "not in the input",
-}
 SHOWN = 8  # reasons for failures in the summary
 
 
@@ -191,13 +184,12 @@ def summarise(dataset: Dataset, console: Console) -> None:
     )
     table = Table("label", "structures", "found as", box=None, padding=(0, 3, 0, 0))
     for name, number in counts["labels"].items():
-        names = _told(manifest["keys"].get(name, {}))
+        names = found_as(name, manifest["keys"].get(name, {}))
         computed = name in ("onsite", "xtb_energy", "xtb_forces")
-        table.add_row(name, f"{number:,}", "computed" if computed else names or "not in the input")
+        table.add_row(name, f"{number:,}", "computed" if computed else names)
     console.print(Whole(table))
     for name in ("charge", "spin", "group"):
-        found = _told(manifest["keys"].get(name, {}))
-        console.print(f"{name}: {found or DEFAULTED[name]}")
+        console.print(f"{name}: {found_as(name, manifest['keys'].get(name, {}))}")
     for name in ("energy", "forces", "dft_charges"):
         if len(manifest["keys"].get(name, {})) > 1:
             option = f"--{name.replace('_', '-')}-key"
@@ -212,11 +204,6 @@ def summarise(dataset: Dataset, console: Console) -> None:
         told = ", ".join(f"{n:,} with {how}" for how, n in counts["rescued"].items())
         console.print(f"converged only in a second attempt: {told}")
     _failures(dataset, console)
-
-
-def _told(names: Mapping[str, int]) -> str:
-    """Names in the input; with how many structures have each, if there are several."""
-    return ", ".join(f"{n} ({k:,})" if len(names) > 1 else n for n, k in names.items())
 
 
 def _failures(dataset: Dataset, console: Console) -> None:

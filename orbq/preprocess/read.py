@@ -101,7 +101,7 @@ class Reader:
     def __iter__(self) -> Iterator[Structure | Failure]:
         if self._atoms is not None:
             for index, atoms in enumerate(self._atoms):
-                yield self._structure(Frame(index, atoms), 0)
+                yield self.structure(Frame(index, atoms), 0)
         else:
             for number, source in enumerate(self.sources):
                 with tmqm.open_tables([table.path for table in source.tables]) as tables:
@@ -109,12 +109,13 @@ class Reader:
                         if frame.atoms is None:
                             yield Failure(source.name, frame.number, frame.reason)
                         else:
-                            yield self._structure(frame, number, tables)
-        self._check_demanded()
+                            yield self.structure(frame, number, tables)
+        self.check_demanded()
 
-    def _structure(
+    def structure(
         self, frame: Frame, number: int, tables: tmqm.Tables = tmqm.NO_TABLES
     ) -> Structure | Failure:
+        """One readable frame of the source with that number."""
         atoms = frame.atoms
         try:
             values, converted = tmqm.translated(named_values(atoms), tables, results_of(atoms))
@@ -166,7 +167,8 @@ class Reader:
             self.names_used["group"].update(name + TRUTH_NOTE for name in truths)
         return found
 
-    def _check_demanded(self) -> None:
+    def check_demanded(self) -> None:
+        """Raises InputError for a key that was given and that no structure so far has had."""
         for field, name in self.keys._asdict().items():
             if name and not self.names_used[field]:
                 option = f"--{field.replace('_', '-')}-key"
