@@ -216,6 +216,8 @@ def test_what_falls_apart_or_dies_ends_one_trajectory(
         ({"temperatures": ()}, "--temperature: at least one"),
         ({"every": 0.1}, r"--every 0\.1: at least a step"),
         ({"every": float("nan")}, "--every nan"),
+        ({"every": 2.5}, r"--every 2\.5: a multiple of the step of 1 fs"),
+        ({"before": 0.5}, r"--before 0\.5: a multiple"),
         ({"before": -1.0}, "--before -1: at least 0"),
         ({"before": float("inf")}, "--before inf"),
         ({"seed": -1}, "--seed -1: at least 0"),

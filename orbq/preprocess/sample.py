@@ -116,6 +116,11 @@ def _check_settings(sampling: Sampling) -> None:
         raise InputError(f"--every {sampling.every:g}: at least a step of {TIMESTEP:g} fs")
     if not 0 <= sampling.before < math.inf:
         raise InputError(f"--before {sampling.before:g}: at least 0 fs")
+    for name in ("every", "before"):
+        if (time := getattr(sampling, name)) % TIMESTEP:
+            raise InputError(
+                f"--{name} {time:g}: a multiple of the step of {TIMESTEP:g} fs is needed"
+            )
     if sampling.seed < 0:
         raise InputError(f"--seed {sampling.seed}: at least 0")
     if sampling.method not in METHODS:
