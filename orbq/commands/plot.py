@@ -78,9 +78,9 @@ def plot(
     make_directory(out, "--out")
     learning_curve_figure(named, out / "learning-curves.png")
     written = [out / "learning-curves.png", curves_csv(named, out / "learning-curves.csv")]
-    clear_parity(out)
     settings = dataset, split, batch_size
     found = {n: _evaluate(d, settings, told) for n, d in named.items()} if parity else {}
+    clear_parity(out)  # of other runs
     for label in labels_of(found.values()):
         picture = out / f"parity-{label}.png"
         parity_comparison(found, label, picture)
