@@ -30,8 +30,9 @@ from orbq.compiled import Counted
 from orbq.errors import InputError
 from orbq.inference import atomic_charges, voigt
 from orbq.models.potential import predict
+from orbq.preprocess import tmqm
 from orbq.preprocess.neighbors import NeighborList, neighbor_list
-from orbq.preprocess.read import DEFAULT_NAMES
+from orbq.preprocess.read import DEFAULT_NAMES, values_of
 from orbq.run import Run, load, require_energy
 from orbq.run_files import read_description, run_directory
 from orbq.schema import Structure
@@ -278,9 +279,10 @@ def _charge_target(run: Run, wanted: str | None) -> str | None:
 
 
 def _state(atoms: Atoms) -> tuple[str, ...]:
-    """Charge and multiplicity as they stand in ``info``."""
-    names = DEFAULT_NAMES["charge"] + DEFAULT_NAMES["spin"]
-    return tuple(repr(atoms.info.get(name)) for name in names)
+    """All in ``info`` that charge and multiplicity may be read from."""
+    names = (*DEFAULT_NAMES["charge"], *DEFAULT_NAMES["spin"], *tmqm.STATE)
+    values = values_of(atoms.info)
+    return tuple(repr(values.get(name)) for name in names)
 
 
 # --------------------------------------------------------------------------- neighbours

@@ -163,6 +163,27 @@ def test_charge_and_spin_in_info_are_noticed(calculator):
     assert len(set(energies.values())) == 4
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda charge: {"key_value_pairs": {"total_charge": charge}},
+        lambda charge: {"data": {"charge": charge}},
+        lambda charge: {"CSD_code": "ABCDEF", "MND": 4, "q": charge, "S": charge / 2},
+    ],
+    ids=["pairs", "data", "tmQM"],
+)
+def test_charges_are_noticed_wherever_they_are_read(calculator, named):
+    """Of rows of a database, and of tmQM: an ionisation energy is a difference of two of them."""
+    found = []
+    for charge in (0, 1):
+        atoms = molecule("H2O")
+        atoms.info = named(charge)
+        atoms.calc = calculator
+        found.append(atoms.get_potential_energy())
+        assert found[-1] == pytest.approx(calculator.run.predict(atoms)["energy"], abs=1e-4)
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+
+
 def test_charges_only_when_asked_for():
     atoms = ethanol()
     atoms.calc = Calculator(random_run(("atomic",), lmax=1))

@@ -217,17 +217,23 @@ def read_structures(
     return iter(Reader(find_sources(paths), keys))
 
 
+def values_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``info`` of an ``ase.Atoms`` names, also in the pairs and data of a database's row."""
+    values: dict[str, Any] = {}
+    for name, value in info.items():
+        if name in ("key_value_pairs", "data") and isinstance(value, Mapping):
+            values.update(value)
+        else:
+            values[str(name)] = value
+    return values
+
+
 def named_values(atoms: Any, bare: bool = True) -> dict[str, Any]:
     """Everything named that comes with an ``ase.Atoms``: info, arrays, a calculator's results.
 
     bare: leave out the atomic numbers and positions.
     """
-    values: dict[str, Any] = {}
-    for name, value in atoms.info.items():
-        if name in ("key_value_pairs", "data") and isinstance(value, Mapping):  # ASE databases
-            values.update(value)
-        else:
-            values[str(name)] = value
+    values = values_of(atoms.info)
     hidden = ("numbers", "positions") if bare else ()
     values.update({k: v for k, v in atoms.arrays.items() if k not in hidden})
     values.update(results_of(atoms))

@@ -128,6 +128,9 @@ def _code_of(line: str) -> str:
     return line.split("=", 1)[-1].split("|", 1)[0].strip()
 
 
+STATE = (_CODE, "q", "S", *_MARKS)  # what charge and multiplicity of these sets follow from
+
+
 def translated(
     values: dict[str, Any], tables: Tables, computed: Container[str] = ()
 ) -> tuple[dict[str, Any], set[str]]:
