@@ -39,6 +39,8 @@ from orbq.targets import CHARGE_TARGETS
 PARTIAL = ".partial"
 RESULTS = ("energy", "forces", "stress", "charges")  # what ASE has a name for
 OF_THE_ENERGY = ("energy", "free_energy", "energies", "forces", "stress", "stresses")
+# per-atom arrays that every format of KEEPING has a place for
+ARRAYS = ("numbers", "positions", "tags", "momenta", "masses", "initial_magmoms", "initial_charges")
 KEEPING = ("extxyz", "traj", "db", "json")  # formats that hold what is predicted
 GROUPS = DEFAULT_NAMES["group"]  # names that are kept as they are written: 007 is no number
 RESOLVED_CHARGES = {"orbital_charges": orbital_charges, "shell_charges": shell_charges}
@@ -275,9 +277,12 @@ class Writer:
 
 def _with_arrays_in_info(atoms: Atoms) -> Atoms:
     """For formats that keep ``info`` but no arrays of other names than ASE's own."""
-    found = {n: v for n, v in atoms.arrays.items() if n in RESOLVED_CHARGES or n.endswith(SPREAD)}
     out = atoms.copy()
-    out.info.update(found)
+    for name, values in atoms.arrays.items():
+        if name in RESOLVED_CHARGES or name.endswith(SPREAD):
+            out.info[name] = values  # in place of an earlier prediction
+        elif name not in ARRAYS:
+            out.info.setdefault(name, values)
     out.calc = atoms.calc
     return out
 

@@ -6,6 +6,7 @@ message on stderr; its traceback is shown with ``--debug`` only.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,9 +52,18 @@ Units are eV, Å and e. Each command explains itself: orbq COMMAND --help.
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [_at_home(text) for text in given]
     debug = "--debug" in given  # before or after the command, as one types it
     make_app(debug)([text for text in given if text != "--debug"], prog_name="orbq")
     raise SystemExit(0)
+
+
+def _at_home(text: str) -> str:
+    """``--out=~/here``, in which shells leave the home alone."""
+    option, equals, value = text.partition("=")
+    if not (option.startswith("--") and value.startswith("~")):
+        return text
+    return option + equals + os.path.expanduser(value)
 
 
 def make_app(debug: bool = False) -> typer.Typer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def open_dataset(name: str) -> Dataset:
 
 def place_of(name: str) -> Path:
     """The directory of ``open_dataset``, which an embedded data set is labelled into first."""
+    name = os.path.expanduser(name)
     try:
         there = Path(name).exists()
     except (OSError, ValueError):  # longer than a name can be, or with characters it cannot have

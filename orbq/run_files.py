@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +79,7 @@ def run_directory(path: str | Path) -> Path:
     """``path``, or where an embedded run lies if it is the name of one and no run's directory."""
     if str(path) in EMBEDDED and not (Path(path) / RUN_FILE).exists():
         return Path(str(files("orbq"))) / "data" / "networks" / str(path)
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def names_of(directories: Sequence[str | Path]) -> list[str]:

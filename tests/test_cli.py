@@ -82,6 +82,18 @@ def test_long_messages_are_not_wrapped(
     assert path in capsys.readouterr().err
 
 
+def test_the_home_is_found_in_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shells leave the ~ of ``--out=~/here`` alone."""
+    found = {}
+
+    def trial(out: Path = Path("x"), rest: str = "") -> None:
+        found.update(out=out, rest=rest)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(monkeypatch, trial, "trial", "--out=~/here", "--rest=a~/b") == 0
+    assert found == {"out": tmp_path / "here", "rest": "a~/b"}
+
+
 def test_success_is_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, lambda: None, "trial") == 0
 

@@ -345,6 +345,25 @@ def test_charges_under_another_name_are_read_as_asked(run, tmp_path):
     assert "no structure has the charge key 'Q'; keys present: mult, q" in text, text
 
 
+@pytest.mark.parametrize("end", ["traj", "db", "json"])
+def test_arrays_of_the_input_are_kept(run, tmp_path, end):
+    """In info, where the format has no place for arrays of other names than its own."""
+    place, given, out = (
+        save_run(run, tmp_path / "run"),
+        tmp_path / "a.extxyz",
+        tmp_path / f"a.{end}",
+    )
+    water = molecule("H2O")
+    water.new_array("REF_forces", np.arange(9.0).reshape(3, 3))
+    water.new_array("mulliken", np.array([-0.6, 0.3, 0.3]))
+    ase.io.write(given, water)
+    status, text = command("predict", place, given, "--out", out)
+    assert status == 0, text
+    found = ase.io.read(out).info if end == "traj" else connect(out).get().data
+    np.testing.assert_array_equal(found["REF_forces"], water.arrays["REF_forces"])
+    np.testing.assert_array_equal(found["mulliken"], water.arrays["mulliken"])
+
+
 def test_names_stay_as_they_are_written(run, tmp_path):
     """Those of groups, which ASE would read as numbers and truths, and words with backslashes."""
     place, given = save_run(run, tmp_path / "run"), tmp_path / "given.extxyz"
