@@ -20,6 +20,7 @@ from tmc_data import (
     FROM_METALS,
     GROWN,
     MORE,
+    MOST,
     TAUGHT,
     make_grown,
     make_hot,
@@ -315,6 +316,14 @@ STUDIES["more_anew"] = _curves(
     ),
     splits=SUBSETS | FIFTH,
 )
+# and with all that there are
+STUDIES["most_anew"] = _curves(
+    (
+        ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
+        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+    ),
+    splits=SUBSETS | FIFTH,
+)
 STUDIES["more_energies"] = _curves(
     (
         ("own", 0, (*_ENERGIES, _DECAYED, "training.n_steps=24000")),
@@ -324,11 +333,14 @@ STUDIES["more_energies"] = _curves(
 )
 
 
+SETS = {"grown": GROWN, "more": MORE, "most": MOST}  # complexes with DFT, by a study's first word
+
+
 def prepare(place: Path, study: str) -> dict[str, str]:
     """Label the sets and teach the networks that a study begins from, once."""
-    if study.startswith(("grown", "more")):
-        files = MORE if study.startswith("more") else GROWN
-        place = place.with_name("data-more") if files is MORE else place
+    files = SETS.get(study.split("_")[0])
+    if files:
+        place = place if files is GROWN else place.with_name(f"data-{study[:4]}")
         words = make_grown(place, files)
         if study == "grown_delta_hot":
             words["@delta"] = str(place / "grown-delta")

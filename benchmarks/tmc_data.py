@@ -26,6 +26,7 @@ CONFIG = HERE / "tmc.toml"
 # make_tmc.py --seed 3000 with DFT, and --seed 4000 --per-metal 200 --structures-only
 GROWN = (EMBEDDED / "tmc.extxyz.gz", HERE / "data" / "tmc_3000.extxyz.gz")
 MORE = (*GROWN, HERE / "data" / "tmc_3000_more.extxyz.gz")  # and the seed's next ones
+MOST = (*MORE, HERE / "data" / "tmc_3000_rest.extxyz.gz")  # and its last
 UNLABELLED = (
     EMBEDDED / "tmc_unlabelled.extxyz.gz",
     HERE / "data" / "tmc_4000_unlabelled.extxyz.gz",
