@@ -308,22 +308,15 @@ STUDIES["grown_long_hot"] = {
 STUDIES["grown_dft"] = {f"dft-{s}": (*_split(s), *_OWN, *_CHARGES) for s in GROWN_SPLITS}
 
 # of twice as many complexes with DFT: to their ends, and energies without forces as in stand_in
+_TO_THE_END = (
+    ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
+    ("longest", 0, (*_LONGEST, _NO_SLOPE)),
+)
 STUDIES["more_anew"] = _curves(
-    (
-        ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
-        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
-        ("own", 0, (*_BOTH_LONG, _ONCE)),
-    ),
-    splits=SUBSETS | FIFTH,
+    (*_TO_THE_END, ("own", 0, (*_BOTH_LONG, _ONCE))), splits=SUBSETS | FIFTH
 )
 # and with all that there are
-STUDIES["most_anew"] = _curves(
-    (
-        ("taught_long", 0, (*_FROM_METALS, _LONG, _DECAYED, "training.initial='@anew0'")),
-        ("longest", 0, (*_LONGEST, _NO_SLOPE)),
-    ),
-    splits=SUBSETS | FIFTH,
-)
+STUDIES["most_anew"] = _curves(_TO_THE_END, splits=SUBSETS | FIFTH)
 STUDIES["more_energies"] = _curves(
     (
         ("own", 0, (*_ENERGIES, _DECAYED, "training.n_steps=24000")),
